@@ -1,0 +1,1 @@
+"""Learn from gigapixel whole-slide images where they lie."""

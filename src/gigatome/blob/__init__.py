@@ -1,0 +1,1 @@
+"""Bytes from disks and buckets."""

@@ -1,0 +1,1 @@
+"""Errors, geometry, seeds, logs and paths: what every other layer stands on."""

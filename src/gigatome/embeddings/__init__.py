@@ -1,0 +1,1 @@
+"""Embeddings of slides: extraction and storage."""

@@ -1,0 +1,1 @@
+"""Networks that turn pixels or embeddings into vectors."""

@@ -1,0 +1,1 @@
+"""Splits, probes, metrics and reports at slide level."""

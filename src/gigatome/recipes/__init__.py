@@ -1,0 +1,1 @@
+"""Complete, named training set-ups and how to run them."""

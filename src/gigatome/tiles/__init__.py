@@ -1,0 +1,1 @@
+"""Squares of a stated resolution: grids, random samplers and streams."""
