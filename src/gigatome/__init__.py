@@ -1,1 +1,87 @@
-"""Learn from gigapixel whole-slide images where they lie."""
+"""Learn from gigapixel whole-slide images where they lie.
+
+The names below are loaded when they are first used, so that ``import gigatome`` costs nothing and needs no PyTorch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gigatome.core.errors import GigatomeError
+    from gigatome.core.geometry import Box
+    from gigatome.embeddings.extract import embed
+    from gigatome.embeddings.store import EmbeddingStore
+    from gigatome.encoders.zoo import load_encoder
+    from gigatome.evaluation.protocol import evaluate
+    from gigatome.heatmaps.run import heatmap
+    from gigatome.recipes.run import train
+    from gigatome.recipes.schema import load_recipe
+    from gigatome.slides.check import check_cohort
+    from gigatome.slides.cohort import Cohort
+    from gigatome.slides.slide import Slide, open_slide
+    from gigatome.tiles.grid import make_grid
+    from gigatome.tiles.stream import TileStream
+    from gigatome.tissue.mask import TissueMask
+    from gigatome.tissue.segment import segment
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Box",
+    "Cohort",
+    "EmbeddingStore",
+    "GigatomeError",
+    "Slide",
+    "TileStream",
+    "TissueMask",
+    "check_cohort",
+    "embed",
+    "evaluate",
+    "heatmap",
+    "load_encoder",
+    "load_recipe",
+    "make_grid",
+    "open_slide",
+    "segment",
+    "train",
+]
+
+_HOMES = {
+    "Box": "core.geometry",
+    "Cohort": "slides.cohort",
+    "EmbeddingStore": "embeddings.store",
+    "GigatomeError": "core.errors",
+    "Slide": "slides.slide",
+    "TileStream": "tiles.stream",
+    "TissueMask": "tissue.mask",
+    "check_cohort": "slides.check",
+    "embed": "embeddings.extract",
+    "evaluate": "evaluation.protocol",
+    "heatmap": "heatmaps.run",
+    "load_encoder": "encoders.zoo",
+    "load_recipe": "recipes.schema",
+    "make_grid": "tiles.grid",
+    "open_slide": "slides.slide",
+    "segment": "tissue.segment",
+    "train": "recipes.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gigatome' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"gigatome.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        from gigatome.core.errors import MissingExtraError
+
+        if error.name in {"torch", "timm", "safetensors", "sklearn"}:
+            raise MissingExtraError(error.name, "learn", f"use gigatome.{name}") from error
+        raise
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

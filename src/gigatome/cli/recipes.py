@@ -1,0 +1,30 @@
+"""``gigatome recipes``: lists and shows the built-in recipes."""
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+app = typer.Typer(help="List and show the built-in recipes.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """List the built-in recipes: what each reproduces and whether we have measured it."""
+    from gigatome.recipes.schema import recipe_header, recipe_names
+
+    table = Table("recipe", "paper", "reproduces", "status", box=None, pad_edge=False)
+    for name in recipe_names():
+        header = recipe_header(name)
+        table.add_row(name, header["paper"], header["table"], header["status"])
+    Console().print(table)
+
+
+@app.command("show")
+def show_recipe(recipe: str = typer.Argument(help="Name of a recipe, or path of a YAML file.")) -> None:
+    """Print a recipe's YAML, ready to be saved, changed and trained."""
+    from gigatome.recipes.schema import recipe_text
+
+    text = recipe_text(recipe).rstrip("\n")
+    console = Console()
+    console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text, soft_wrap=True)

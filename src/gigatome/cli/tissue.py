@@ -1,0 +1,75 @@
+"""``gigatome tissue``: outlines the tissue of every slide."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gigatome import config
+from gigatome.cli.progress import progress_bar
+from gigatome.core.job import Job
+from gigatome.core.logs import Failure, write_failures
+from gigatome.slides.cohort import Cohort
+from gigatome.tissue.segment import SegmentOptions, segment_cohort
+
+
+def tissue(
+    slides: Annotated[str, typer.Argument(help="A slide, a folder, a glob, a bucket prefix or a CSV.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Job directory; the same one goes on where it stopped.")],
+    slide_mpp: Annotated[
+        float | None, typer.Option(help="µm per level-0 pixel of slides for which the CSV states none.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the segmentation, such as stain=0.03."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Slides worked on at a time.")] = 2,
+) -> None:
+    """Outline the tissue of every slide, as GeoJSON for QuPath and TRIDENT and as a picture.
+
+    Exit code: 0 all is well, 1 no slide could be used, 3 some were skipped (see failures.csv).
+    """
+    job = Job(out)
+    with progress_bar() as progress:
+        masks, failures = segment_cohort(
+            cohort_of(slides, slide_mpp),
+            job,
+            options=segment_options(assignments),
+            threads=threads,
+            progress=progress,
+        )
+    console = Console(highlight=False, markup=False)
+    pixels = sum(mask.width * mask.height for mask in masks.values())
+    if pixels:
+        share = sum(mask.area for mask in masks.values()) / pixels
+        console.print(f"{out}: tissue of {len(masks)} slides, {share:.1%} of their area", soft_wrap=True)
+    finish(job, failures, usable=len(masks))
+
+
+def cohort_of(slides: str, slide_mpp: float | None) -> Cohort:
+    """The cohort, with the resolution given for those slides for which its table states none."""
+    cohort = Cohort.read(slides)
+    if slide_mpp is None:
+        return cohort
+    return replace(cohort, slides=tuple(s if s.mpp is not None else replace(s, mpp=slide_mpp) for s in cohort))
+
+
+def segment_options(assignments: list[str] | None) -> SegmentOptions:
+    """Options of the segmentation with ``--set`` applied."""
+    values: dict[str, Any] = {}
+    for assignment in assignments or ():
+        config.assign(values, assignment)
+    return config.parse(SegmentOptions, values, source="--set")
+
+
+def finish(job: Job, failures: list[Failure], *, usable: int) -> None:
+    """Lists the slides that failed and ends with the right exit code."""
+    write_failures(job.failures, failures)
+    console = Console(highlight=False, markup=False)
+    for failure in failures:
+        console.print(f"{failure.slide}: {failure.stage}: {failure.message}", soft_wrap=True)
+    if failures:
+        console.print(f"skipped: {len(failures)} slides, listed in {job.failures}", soft_wrap=True)
+        raise typer.Exit(3 if usable else 1)

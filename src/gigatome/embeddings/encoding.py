@@ -1,0 +1,117 @@
+"""An encoder as the extraction uses it: its name and hash in files, and tiles through it on a device."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gigatome.core.errors import ConfigError
+from gigatome.encoders.vit import TileEncoder
+from gigatome.encoders.zoo import encoder_digest, encoder_name
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""What the encoder can compute in: plain float32, or PyTorch's autocast to the others."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The encoder as files name it.
+
+    Attributes:
+        name: for file and folder names.
+        weights: hash of what decides its embeddings.
+        dim: size of an embedding.
+    """
+
+    name: str
+    weights: str
+    dim: int
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str | None) -> "Maker":
+        """Names ``model``; the default name is its own with a hash, so that no encoder with other weights has it.
+
+        Raises:
+            ConfigError: the model is no tile encoder, or ``name`` does not do for a folder.
+        """
+        for attribute in ("dim", "normalise"):
+            if not hasattr(model, attribute):
+                raise ConfigError(f"{type(model).__name__} is no tile encoder: it has no {attribute}")
+        known = isinstance(model, TileEncoder)
+        weights = encoder_digest(model) if known else _digest(model)
+        name = name or (encoder_name(model) if known else f"{type(model).__name__.lower()}-{weights[:8]}")
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise ConfigError(f"an encoder's name holds letters, digits and . _ - alone, unlike {name!r}")
+        return cls(name, weights, int(getattr(model, "dim")))  # noqa: B009 - nn.Module does not declare it
+
+
+def encode(model: nn.Module, images: NDArray[np.uint8], *, device: str, precision: Precision) -> Tensor:
+    """Embeddings float32 [B, dim], on the device, of tiles uint8 [B, H, W, 3].
+
+    Raises:
+        ConfigError: the device's memory does not hold the batch.
+    """
+    tensor = torch.from_numpy(images)
+    if device.startswith("cuda"):
+        tensor = tensor.pin_memory()
+    tensor = tensor.to(device, non_blocking=True)
+    autocast = torch.autocast(torch.device(device).type, _AUTOCAST.get(precision), enabled=precision != "fp32")
+    try:
+        with torch.inference_mode(), autocast:
+            return model(model.normalise(tensor)).float()  # pyright: ignore[reportCallIssue]
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"{device} lacks the memory for {len(images)} tiles at once; use a smaller batch") from error
+
+
+@contextmanager
+def ready(model: nn.Module, device: str) -> Iterator[None]:
+    """The model on the device and in evaluation mode; as it was before, afterwards.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    training = model.training
+    home = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
+    try:
+        model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device} cannot be used ({str(error).splitlines()[0]}); try device cpu") from error
+    try:
+        yield
+    finally:
+        model.train(training)
+        if home is not None:
+            model.to(home)
+
+
+def try_out(model: nn.Module, maker: Maker, tile_size: int, *, device: str, precision: Precision) -> None:
+    """Embeds one white tile, so that an encoder that does not fit is found before hours of work.
+
+    Raises:
+        ConfigError: the tile size does not suit the encoder, or its output is not [1, dim].
+    """
+    white = np.full((1, tile_size, tile_size, 3), 255, np.uint8)
+    shape = tuple(encode(model, white, device=device, precision=precision).shape)
+    if shape != (1, maker.dim):
+        raise ConfigError(f"{maker.name}: embeds one tile as {list(shape)}, and should as [1, {maker.dim}]")
+
+
+def _digest(model: nn.Module) -> str:
+    """Hash of the weights of a module that is not ours."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

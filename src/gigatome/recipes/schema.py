@@ -1,0 +1,133 @@
+"""A recipe: one complete YAML that says what is trained, on which tiles, how, and what the paper reports for it."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from gigatome import config
+from gigatome.core.errors import ConfigError
+from gigatome.encoders.vit import EncoderConfig
+from gigatome.selfsup.dino import DinoOptions
+from gigatome.tiles.stream import StreamOptions
+from gigatome.training.loop import FitOptions
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A value that the paper reports for this training.
+
+    Attributes:
+        metric: what was measured and on what, such as "BACH balanced accuracy, linear probe (eva)".
+        reported: the paper's value.
+        measured: ours, once somebody has trained it; None until then.
+    """
+
+    metric: str
+    reported: float
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a training depends on, save the data.
+
+    Attributes:
+        paper: where the recipe comes from.
+        table: table and row it reproduces.
+        command: the command that runs it.
+        hardware: what the paper, or we, ran it on.
+        hours: how long that took; None if the source does not say.
+        status: "unverified" until our own measured values stand in ``reproduces``.
+        method: the self-supervised method.
+        level: what it sees: tiles of slides.
+        encoder: the network.
+        tiles: what is read from the slides.
+        dino: options of the method.
+        fit: options of the training loop.
+        reproduces: the values to reach.
+        notes: deviations from the paper, one sentence each.
+    """
+
+    paper: str
+    table: str
+    command: str
+    hardware: str
+    hours: float | None
+    status: Literal["unverified", "verified"]
+    method: Literal["dino"]
+    level: Literal["tile"]
+    encoder: EncoderConfig
+    tiles: StreamOptions
+    dino: DinoOptions
+    fit: FitOptions
+    reproduces: tuple[Reported, ...] = ()
+    notes: tuple[str, ...] = ()
+    name: str = field(default="", kw_only=True)
+
+    def identity(self) -> str:
+        """Hash of what decides the trained weights; a run folder is resumed only by the recipe that began it."""
+        parts = {
+            key: config.to_dict(getattr(self, key)) for key in ("method", "level", "encoder", "tiles", "dino", "fit")
+        }
+        for key in ("threads", "prefetch"):
+            parts["tiles"].pop(key)
+        for key in ("save_every", "log_every", "keep", "device"):
+            parts["fit"].pop(key)
+        return config.digest(parts)
+
+
+def load_recipe(source: str | Path, assignments: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        source: name of a built-in recipe such as ``"kaiko/table1_vits16"``, or path of a YAML file.
+        assignments: changes such as ``"fit.steps=100"``.
+
+    Raises:
+        ConfigError: there is no such recipe; a key is unknown (its path and the nearest right key are named); or a
+            value is wrong.
+    """
+    path = _find(source)
+    values = config.read_yaml(path)
+    for assignment in assignments:
+        config.assign(values, assignment)
+    values.setdefault("name", _name(path))
+    return config.parse(Recipe, values, source=str(source))
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes, sorted."""
+    return sorted(_name(path) for path in _folder().glob("*/*.yaml"))
+
+
+def recipe_text(source: str | Path) -> str:
+    """The recipe's YAML as it was written, comments included; raises :class:`ConfigError` if there is none."""
+    return _find(source).read_text(encoding="utf-8")
+
+
+def recipe_header(name: str) -> dict[str, Any]:
+    """The values of a recipe's YAML, unchecked: quick, for listing."""
+    return config.read_yaml(_find(name))
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("gigatome.recipes")))
+
+
+def _name(path: Path) -> str:
+    folder = _folder()
+    return path.relative_to(folder).with_suffix("").as_posix() if path.is_relative_to(folder) else path.stem
+
+
+def _find(source: str | Path) -> Path:
+    builtin = _folder() / f"{source}.yaml"
+    if builtin.is_file():
+        return builtin
+    if Path(source).is_file():
+        return Path(source)
+    near = difflib.get_close_matches(str(source), recipe_names(), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"built in: {', '.join(recipe_names())}"
+    raise ConfigError(f"no recipe {source}: neither a built-in one nor a file; {hint}")

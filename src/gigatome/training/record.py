@@ -1,0 +1,107 @@
+"""What a run writes about itself: means over steps, kept on the device, and the file they go to."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gigatome.blob.store import write_atomic
+
+
+class Meter:
+    """Means of the steps since they were last read; adding to it does not make the host wait for the device.
+
+    Attributes:
+        bad_in_a_row: int scalar on the device: greatest number so far of neighbouring steps that were not finite.
+    """
+
+    def __init__(self, device: torch.device):
+        self.bad_in_a_row = torch.zeros((), dtype=torch.long, device=device)
+        self._bad_now = torch.zeros((), dtype=torch.long, device=device)
+        self._skipped = torch.zeros((), dtype=torch.long, device=device)
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._good = torch.zeros((), dtype=torch.long, device=device)
+        self._latest: Tensor | None = None
+        self._steps, self._images, self._waited = 0, 0, 0.0
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of the block as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, values: Mapping[str, Tensor], finite: Tensor, images: int) -> None:
+        """Adds a step: float scalars by name, of no account if ``finite`` (bool scalar) is false."""
+        self._names = list(values)
+        self._latest = torch.stack([value.detach().float() for value in values.values()])
+        counted = torch.where(finite, self._latest, 0.0)
+        self._sums = counted if self._sums is None else self._sums + counted
+        self._good += finite
+        self._skipped += ~finite
+        self._bad_now = torch.where(finite, 0, self._bad_now + 1)
+        self.bad_in_a_row = torch.maximum(self.bad_in_a_row, self._bad_now)
+        self._steps += 1
+        self._images += images
+
+    def latest(self) -> dict[str, float]:
+        """Values of the last step, finite or not."""
+        return {} if self._latest is None else dict(zip(self._names, self._latest.tolist(), strict=True))
+
+    def read(self) -> dict[str, float | int | None]:
+        """Means of the finite steps since the last call (None without any), rates and times, and steps left out."""
+        good = int(self._good)
+        sums = [] if self._sums is None else self._sums.tolist()
+        now = time.perf_counter()
+        line: dict[str, float | int | None] = {
+            name: total / good if good else None for name, total in zip(self._names, sums, strict=True)
+        }
+        line["skipped"] = int(self._skipped)
+        line["images_per_s"] = round(self._images / (now - self._since), 2)
+        line["data_wait_s"] = round(self._waited / max(1, self._steps), 5)
+        line["time"] = round(time.time(), 3)
+        self._sums, self._steps, self._images, self._waited, self._since = None, 0, 0, 0.0, now
+        self._good.zero_()
+        return line
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, only ever added to within a run.
+
+    Args:
+        path: of the file.
+        step: the run goes on from here; lines of later steps, and a line cut short, are removed.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.last: Mapping[str, Any] = {}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        kept = [line for line in text.splitlines() if _step_of(line) <= step]
+        if kept:
+            self.last = json.loads(kept[-1])
+        whole = "".join(f"{line}\n" for line in kept)
+        if whole != text:
+            write_atomic(path, whole)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line."""
+        self.last = dict(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(self.last) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Step of a line; infinity for one that was cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,123 @@
+import json
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from gigatome.cli.heatmap import heatmap as command
+from gigatome.core.errors import ConfigError, NotASlideError, NoTissueError, StoreError
+from gigatome.core.geometry import Box
+from gigatome.encoders.vit import EncoderConfig, build_encoder
+from gigatome.encoders.zoo import save_encoder
+from gigatome.heatmaps.attention import AttentionOptions, tile_map
+from gigatome.heatmaps.render import OverlayOptions, write_overlay
+from gigatome.heatmaps.run import heatmap
+from gigatome.slides.slide import open_slide
+from gigatome.slides.synthetic import SyntheticOptions, make_slide
+from gigatome.tiles.grid import GridOptions, make_grid
+from gigatome.tissue.segment import segment
+
+OPTIONS = SyntheticOptions(width=900, height=800, pen=0, bubbles=0, fat=0, pale=0)
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    return make_slide(tmp_path_factory.mktemp("slides") / "case.1.svs", "glandular", 1, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return build_encoder(EncoderConfig("vit_tiny_patch16_224", 64, 16, 32, 2, 2), seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, encoder):
+    folder = tmp_path_factory.mktemp("run")
+    save_encoder(encoder, folder / "encoder")
+    return folder
+
+
+def test_folder_gets_picture_and_objects(tmp_path, slide, run):
+    heat = heatmap(slide, run, tmp_path / "out", geojson=True, attention=AttentionOptions(shifts=1))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.1.geojson", "case.1.png"]
+    picture = np.asarray(Image.open(tmp_path / "out" / "case.1.png"))
+    assert picture.shape[1] == 900
+    with open_slide(slide) as opened:
+        changed = (picture[:800] != opened.thumbnail(900)).any(-1)
+        tissue = segment(opened)
+    rows, columns = np.nonzero(changed)
+    assert tissue.overlap(columns, rows, 1).mean() > 0.95  # the glass around the tissue stays as it is
+    assert heat.cell == 16
+    found = json.loads((tmp_path / "out" / "case.1.geojson").read_text())["features"]
+    assert all(
+        set(item["properties"]["measurements"]) == {"attention", "attention_h0", "attention_h1"} for item in found
+    )
+    corners = np.array([item["geometry"]["coordinates"][0][0] for item in found])
+    assert (corners % 64 == 0).all()
+    assert np.isfinite(heat.values).any()
+
+
+def test_suffix_decides_what_is_written(tmp_path, slide, run):
+    heatmap(slide, run, tmp_path / "a.png", attention=AttentionOptions(shifts=1), geojson=True)
+    heatmap(slide, run, tmp_path / "b.geojson", attention=AttentionOptions(shifts=1), patches_per_object=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.geojson"]
+
+
+def test_part_of_a_slide_and_values_of_tiles(tmp_path, slide):
+    with open_slide(slide) as opened:
+        grid = make_grid(opened, segment(opened), GridOptions(tile_size=64))
+        heat = tile_map(grid, np.arange(len(grid)), channels=("contribution",))
+        x, y = grid.coords[0].tolist()
+        write_overlay(tmp_path / "a.png", opened, heat, OverlayOptions(legend=False), box=Box(x, y, 64, 32))
+    assert Image.open(tmp_path / "a.png").size == (64, 32)
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_command(tmp_path, slide, run):
+    result = invoke(slide, "--model", run, "-o", tmp_path / "out", "--geojson", "--shifts", 1, "--head", 1)
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "out") in result.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.1.geojson", "case.1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--head", "7"], ConfigError, "attention heads 0 to 1, not 7"),
+        (["--tile-size", "60"], ConfigError, "multiple of the patch size"),
+        (["--tile-size", "0"], ConfigError, "tile_size must be positive"),
+        (["--mpp", "-1"], ConfigError, "mpp is µm per pixel and must be positive"),
+        (["--rank", "best"], ConfigError, "rank"),
+        (["--shifts", "0"], ConfigError, "at least 1"),
+        (["--mpp", "16"], NoTissueError, "no tile has 40%"),
+        (["--model", "nowhere"], StoreError, "no such encoder"),
+        (["-o", "out.svg"], ConfigError, r"a \.png, a \.geojson, or a folder"),
+    ],
+)
+def test_command_with_what_does_not_suit(tmp_path, monkeypatch, slide, run, arguments, error, message):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(slide, "--model", run, "-o", "out", *arguments)
+    assert type(result.exception) is error
+    with pytest.raises(error, match=message):
+        raise result.exception
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_on_what_is_no_slide(tmp_path, run):
+    (tmp_path / "notes.svs").write_text("hello")
+    assert type(invoke(tmp_path / "notes.svs", "--model", run, "-o", tmp_path / "out").exception) is NotASlideError
+
+
+def test_real_slide(tmp_path, shared_data, encoder):
+    source = shared_data / "regions" / "liver_glycogenstorage.tif"
+    with open_slide(source, mpp=0.5) as opened:
+        heat = heatmap(opened, encoder, tmp_path / "a.png", mpp=4.0, attention=AttentionOptions(shifts=1))
+    assert heat.cell == 128
+    assert np.isfinite(heat.mean).mean() > 0.5
