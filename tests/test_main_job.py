@@ -44,7 +44,7 @@ def run(*arguments: object, code: int = 0) -> str:
     if result.exit_code != code and result.exception is not None:
         raise result.exception
     assert result.exit_code == code, result.output
-    return result.output
+    return result.stdout
 
 
 def changes(steps: int) -> list[str]:
@@ -52,7 +52,7 @@ def changes(steps: int) -> list[str]:
 
 
 def test_the_demo_command_does_the_whole_job_and_goes_on(cohort, tmp_path):
-    arguments = ("demo", "-o", tmp_path, "--slides", cohort, "--folds", 2, *changes(6))
+    arguments = ("demo", "-o", tmp_path, "--slides", cohort, "--folds", 4, *changes(6))
     output = run(*arguments)
     assert len(re.findall(r"AUROC 0\.\d{3}|AUROC 1\.000", output)) == 4
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

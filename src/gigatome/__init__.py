@@ -6,6 +6,8 @@ The names below are loaded when they are first used, so that ``import gigatome``
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gigatome.core.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from gigatome.core.errors import GigatomeError
     from gigatome.core.geometry import Box
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from gigatome.tiles.stream import TileStream
     from gigatome.tissue.mask import TissueMask
     from gigatome.tissue.segment import segment
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Box",

@@ -19,7 +19,6 @@ from gigatome.embeddings.extract import embed
 from gigatome.embeddings.store import WEIGHTS, EmbeddingStore, read_bag, write_bag
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.encoders.zoo import encoder_digest, encoder_name, save_encoder
-from gigatome.slides.cohort import Cohort
 from gigatome.tiles.grid import read_grid
 
 TILES = {"tile_size": 64, "mpp": 0.5, "min_tissue": 0.5, "threads": 2}
@@ -449,9 +448,9 @@ def test_an_encoder_that_embeds_otherwise_than_it_says(cohort, colours, tmp_path
         embed(cohort, encoder=colours, out=tmp_path, **TILES)
 
 
-def test_nothing_to_embed(colours, encoder, tmp_path):
+def test_nothing_to_embed(cohort, colours, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CohortError, match="empty"):
         embed(tmp_path / "empty", encoder=colours, out=tmp_path / "job")
     with pytest.raises(StoreError, match="no such encoder"):
-        embed(Cohort(()), encoder=tmp_path / "none", out=tmp_path / "job")
+        embed(cohort, encoder=tmp_path / "none", out=tmp_path / "job")

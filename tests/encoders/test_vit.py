@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from gigatome import config
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 
@@ -170,13 +171,13 @@ def test_sizes_that_do_not_suit():
 def test_weights_to_start_from(tmp_path):
     trained = build_encoder(TINY, seed=1)
     torch.save({key: value.half() for key, value in trained.vit.state_dict().items()}, tmp_path / "w.pth")
-    config = EncoderConfig(**{**vars(TINY), "weights": str(tmp_path / "w.pth")})
-    started = build_encoder(config, seed=2, drop_path=0.1)
+    start = EncoderConfig(**{**vars(TINY), "weights": str(tmp_path / "w.pth")})
+    started = build_encoder(start, seed=2, drop_path=0.1)
     assert started.vit.norm.weight.dtype == torch.float32
     assert started.vit.pos_embed.requires_grad
     torch.testing.assert_close(started.vit.pos_embed, trained.vit.pos_embed.half().float())
     with pytest.raises(RunError, match=r"24 missing: vit|missing: blocks\.2"):
-        build_encoder(EncoderConfig(**{**vars(config), "depth": 3}), seed=0)
+        build_encoder(EncoderConfig(**{**vars(start), "depth": 3}), seed=0)
     with pytest.raises(StoreError, match="no such file"):
         build_encoder(EncoderConfig(**{**vars(TINY), "weights": str(tmp_path / "none.pth")}), seed=0)
 
@@ -188,3 +189,16 @@ def test_published_weights_without_a_network(monkeypatch):
     monkeypatch.setattr("timm.create_model", unreachable)
     with pytest.raises(StoreError, match=r"not in the cache and cannot be fetched .* give the file as weights"):
         build_encoder(EncoderConfig(pretrained=True), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weights": "a.pth", "pretrained": True}, "weights and pretrained exclude each other"),
+        ({"std": [0.5, 0.5, 0]}, "std must be positive"),
+        ({"pos_embed": "dinov2"}, "pos_embed"),
+    ],
+)
+def test_configuration_that_makes_no_sense(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config.parse(EncoderConfig, values)

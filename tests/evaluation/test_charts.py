@@ -1,13 +1,16 @@
+import itertools
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 
+import cv2
 import matplotlib
 import numpy as np
 import pytest
 
 from gigatome.core.errors import MissingExtraError
+from gigatome.evaluation.canvas import PALETTE
 from gigatome.evaluation.charts import RocCurve, ScoreRow, roc_curves, score_intervals, training_curves
 from gigatome.evaluation.metrics import auroc
 from gigatome.evaluation.report import Chart
@@ -53,6 +56,27 @@ def test_charts_follow_the_scheme_and_stay_clear():
         Chart(svg, "", "passes the report's own check")
 
 
+SIGHT = {  # linear RGB as it is seen; Machado, Oliveira and Fernandes 2009, severity 1
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_series_are_told_apart_by_all_eyes(sight, scheme):
+    names = [name for name in PALETTE if name.startswith("series")]
+    srgb = np.array([[int(PALETTE[name][scheme][i : i + 2], 16) / 255 for i in (1, 3, 5)] for name in names])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(SIGHT[sight]).T, 0, 1)
+    seen = np.where(seen <= 0.0031308, seen * 12.92, 1.055 * seen ** (1 / 2.4) - 0.055)
+    lab = cv2.cvtColor(seen[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+    distances = [np.linalg.norm(one - other) for one, other in itertools.combinations(lab, 2)]
+    assert min(distances) > 20  # about 2 can just be told apart side by side
+
+
 def test_ids_of_two_charts_never_meet():
     ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in all_charts()]
     assert all(ids)
@@ -62,7 +86,7 @@ def test_ids_of_two_charts_never_meet():
 
 
 @pytest.mark.parametrize(
-    "label", ["$\\frac{", "<script>alert(1)</script>", "caf\udce9\0\x07", "組織 #000001", "x" * 500, ""]
+    "label", ["$\\frac{$", "<script>alert(1)</script>", "caf\udce9\0\x07", "組織 #000001", "x" * 500, ""]
 )
 def test_labels_are_only_words(label):
     for svg in all_charts(label)[1:]:

@@ -15,6 +15,7 @@ from gigatome.core.errors import MissingExtraError, StoreError
 from gigatome.evaluation.charts import ScoreRow, score_intervals, training_curves
 from gigatome.evaluation.report import (
     Chart,
+    Code,
     Gallery,
     KeyNumber,
     Picture,
@@ -268,6 +269,11 @@ def test_numbers_in_a_column_line_up(tmp_path):
     ]
     heads = [heading.get("class") for heading in page.all("th") if heading["scope"] == "col"]
     assert heads == [None, "number", "number", "number", None]
+
+
+def test_code_keeps_its_lines(tmp_path):
+    path = write_report(tmp_path / "r.html", title="t", sections=[Section("s", (Code("a: 1\n  b: <2>"),))])
+    assert '<pre class="block">a: 1\n  b: &lt;2&gt;</pre>' in path.read_text(encoding="utf-8")
 
 
 def test_marked_rows_and_key_numbers(tmp_path):

@@ -2,12 +2,13 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from gigatome.cli.heatmap import heatmap as command
-from gigatome.core.errors import ConfigError, NotASlideError, NoTissueError, StoreError
+from gigatome.core.errors import ConfigError, MissingMppError, NotASlideError, NoTissueError, StoreError
 from gigatome.core.geometry import Box
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.encoders.zoo import save_encoder
@@ -115,9 +116,18 @@ def test_command_on_what_is_no_slide(tmp_path, run):
     assert type(invoke(tmp_path / "notes.svs", "--model", run, "-o", tmp_path / "out").exception) is NotASlideError
 
 
+def test_command_on_a_slide_without_resolution(tmp_path, run):
+    tifffile.imwrite(tmp_path / "a.tif", np.full((512, 512, 3), 240, np.uint8), tile=(256, 256), photometric="rgb")
+    arguments = [tmp_path / "a.tif", "--model", run, "-o", tmp_path / "out"]
+    error = invoke(*arguments).exception
+    assert type(error) is MissingMppError
+    assert "--slide-mpp" in str(error)
+    assert type(invoke(*arguments, "--slide-mpp", 0.5).exception) is NoTissueError
+
+
 def test_real_slide(tmp_path, shared_data, encoder):
     source = shared_data / "regions" / "liver_glycogenstorage.tif"
     with open_slide(source, mpp=0.5) as opened:
         heat = heatmap(opened, encoder, tmp_path / "a.png", mpp=4.0, attention=AttentionOptions(shifts=1))
     assert heat.cell == 128
-    assert np.isfinite(heat.mean).mean() > 0.5
+    assert 0.4 < np.isfinite(heat.mean).mean() < 0.6  # a core biopsy across the picture

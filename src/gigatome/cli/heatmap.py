@@ -23,12 +23,15 @@ def heatmap(
 ) -> None:
     """Show where an encoder looks on a slide."""
     from gigatome import config
+    from gigatome.core.errors import MissingMppError
     from gigatome.heatmaps.attention import AttentionOptions
     from gigatome.heatmaps.render import OverlayOptions
     from gigatome.heatmaps.run import heatmap as make_heatmap
     from gigatome.slides.slide import open_slide
 
     with progress_bar() as progress, open_slide(slide, mpp=slide_mpp) as opened:
+        if not opened.has_mpp:
+            raise MissingMppError(opened.name, "states no resolution; give its µm per pixel with --slide-mpp")
         make_heatmap(
             opened,
             model,

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gigatome import __version__
 from gigatome.blob.store import write_atomic
 from gigatome.core.errors import ConfigError, SlideError, StoreError
 from gigatome.core.job import Job, TilesDir
 from gigatome.core.logs import Failure, Progress, log, silent, write_failures
+from gigatome.core.version import __version__
 from gigatome.embeddings.encoding import PRECISIONS, Maker, Precision, encode, ready, try_out
 from gigatome.embeddings.lock import STALE_HOURS, Lock
 from gigatome.embeddings.reading import SlideTiles, read_ahead

@@ -49,6 +49,12 @@ class EncoderConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pos_embed: Literal["timm", "dino"] = "timm"
 
+    def __post_init__(self):
+        if self.weights is not None and self.pretrained:
+            raise ValueError("weights and pretrained exclude each other; give one")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, not {self.std}")
+
 
 class TileEncoder(nn.Module):
     """Maps tiles to embeddings with a vision transformer.

@@ -20,8 +20,8 @@ PALETTE = {  # name: (light, dark); the series keep apart in any of the three co
     "hairline": ("#d8d5cf", "#3b3a38"),
     "series0": ("#3f51b5", "#8f9df5"),
     "series1": ("#c2541b", "#f0935a"),
-    "series2": ("#00796b", "#3fc1ab"),
-    "series3": ("#a8377f", "#ee8cc7"),
+    "series2": ("#009e77", "#86ead6"),
+    "series3": ("#79346c", "#d9408f"),
 }
 INK, MUTED, HAIRLINE, *SERIES = (f"#0000{number:02x}" for number in range(1, len(PALETTE) + 1))
 _NAMES = dict(zip((INK, MUTED, HAIRLINE, *SERIES), PALETTE, strict=True))

@@ -106,7 +106,8 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> str:
                 axes.set_yticks(values[:1])
             canvas.text(x, y + 10, title, weight="bold")
             canvas.text(x + slot - right, y + 10, _short(float(values[-1])), color=MUTED, ha="right")
-        canvas.text(_WIDTH - 12, rows * panel_height, "step", color=MUTED, ha="right")
+        last_panel = ((len(series) - 1) % columns + 1) * slot - right
+        canvas.text(last_panel, rows * panel_height, "step", color=MUTED, ha="right")
 
     return draw(_WIDTH, rows * panel_height + 10, paint)
 

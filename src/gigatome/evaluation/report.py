@@ -127,7 +127,14 @@ class Text:
     paragraphs: tuple[str, ...]
 
 
-Block: TypeAlias = Text | Gallery | Chart | Table
+@dataclass(frozen=True)
+class Code:
+    """Text whose lines and spaces matter: a command, a recipe."""
+
+    text: str
+
+
+Block: TypeAlias = Text | Code | Gallery | Chart | Table
 
 
 @dataclass(frozen=True)
@@ -289,10 +296,14 @@ def _block(block: Block) -> dict[str, Any]:
     match block:
         case Text():
             return {"kind": "text", "paragraphs": block.paragraphs}
+        case Code():
+            return {"kind": "code", "text": block.text}
         case Gallery():
             pictures = [_picture(picture, block.max_side) for picture in block.pictures]
             aspects = sorted(picture["width"] / picture["height"] for picture in pictures)
-            aspect = min(max(aspects[len(aspects) // 2], 0.7), 2.0) if aspects else 1.0
+            aspect = aspects[len(aspects) // 2] if aspects else 1.0
+            if len(pictures) > 1:
+                aspect = min(max(aspect, 0.7), 2.0)
             columns = min(block.columns, max(len(pictures), 1))
             return {"kind": "gallery", "pictures": pictures, "columns": columns, "aspect": f"{aspect:.4f}"}
         case Chart():

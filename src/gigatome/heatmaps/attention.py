@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gigatome.blob.store import redact
 from gigatome.core.errors import ConfigError, NoTissueError
 from gigatome.core.logs import Progress, silent
 from gigatome.encoders.vit import TileEncoder
@@ -137,9 +138,8 @@ def attention_map(
         SlideError: a tile cannot be read.
     """
     if not len(grid):
-        raise NoTissueError(
-            slide.uri, f"no tile has {grid.min_tissue:.0%} of tissue; lower min_tissue or the tile size"
-        )
+        message = f"no tile has {grid.min_tissue:.0%} of tissue; lower min_tissue or the tile size"
+        raise NoTissueError(redact(slide.uri), message)
     side = grid.tile_size // encoder.patch_size
     if grid.tile_size % encoder.patch_size or options.shifts > side:
         raise ConfigError(

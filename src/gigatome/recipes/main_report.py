@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gigatome import __version__, config
+from gigatome import config
+from gigatome.core.version import __version__
 from gigatome.evaluation.charts import RocCurve, ScoreRow, roc_curves, score_intervals, training_curves
-from gigatome.evaluation.report import Chart, Gallery, KeyNumber, Picture, Section, Table, Text, write_report
+from gigatome.evaluation.report import Chart, Code, Gallery, KeyNumber, Picture, Section, Table, write_report
 from gigatome.evaluation.result import EvaluationResult
 from gigatome.recipes.main_job import HEADS, MainJob
 from gigatome.tiles.stream import TileStream
@@ -23,9 +24,9 @@ def write_main_report(result: MainJob, path: str | Path, *, command: str) -> Pat
     gain = result.gain
     numbers = (
         KeyNumber("slides", len(result.cohort), f"{len({s.patient for s in result.cohort})} patients"),
-        KeyNumber("AUROC, trained", trained.auroc, _interval(trained.auroc_ci)),
-        KeyNumber("AUROC, random initialisation", random.auroc, _interval(random.auroc_ci)),
-        KeyNumber("gain by training", gain.value, f"{_interval(gain.ci)}, p = {gain.p:.3f}"),
+        KeyNumber("AUROC, trained", f"{trained.auroc:.3f}", _interval(trained.auroc_ci)),
+        KeyNumber("AUROC, random initialisation", f"{random.auroc:.3f}", _interval(random.auroc_ci)),
+        KeyNumber("gain by training", f"{gain.value:+.3f}", f"{_interval(gain.ci)}, p = {gain.p:.3f}"),
     )
     recipe = result.run.recipe
     return write_report(
@@ -192,10 +193,10 @@ def _looks(result: MainJob) -> Section:
 
 def _making(result: MainJob, command: str) -> Section:
     times = tuple((stage, round(seconds, 1)) for stage, seconds in result.seconds.items())
-    recipe = Text((config.to_yaml(result.run.recipe),))
+    recipe = Code(config.to_yaml(result.run.recipe))
     return Section(
         "How it was made",
-        (Text((command,)), Table(("stage", "seconds"), times, "Little where the work had been done before"), recipe),
+        (Code(command), Table(("stage", "seconds"), times, "Little where the work had been done before"), recipe),
     )
 
 

@@ -16,6 +16,8 @@ WHITE = 255
 _BLOCK_SIDE = 4096
 # Positions closer than this to whole pixels are whole ones: floating-point noise must not blur an exact read.
 _TOLERANCE = 1e-3
+# OpenCV gives each thread this many output pixels. The callers have threads of their own, so it gets no more at a time.
+_CV2_STRIPE = 1 << 16
 
 ReadPixels = Callable[[int, int, int, int], np.ndarray]
 
@@ -89,7 +91,8 @@ def _block(read: ReadPixels, size: tuple[int, int], extent: tuple[float, float],
     if across is None or down is None:
         return None
     pixels = read(across.first, down.first, across.last - across.first, down.last - down.first)
-    mean = _apply(_apply(pixels, down, 0), across, 1)
+    # Weighted sums go over rows, which lie together in memory, hence the transposition.
+    mean = cv2.transpose(_apply(cv2.transpose(_apply(pixels, down)), across))
     cover = down.cover[:, None, None] * across.cover[None, :, None]
     if cover.min() < 1:
         mean = mean * cover + np.float32(WHITE) * (1 - cover)
@@ -103,7 +106,14 @@ def _inside(axis: Axis, side: int) -> bool:
 
 def _shrink(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     """Mean of each step × step pixels."""
-    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    output = np.empty((height, width, 3), np.uint8)
+    step = len(pixels) // height
+    rows = max(1, _CV2_STRIPE // width)
+    for top in range(0, height, rows):
+        band = output[top : top + rows]
+        piece = pixels[top * step : (top + len(band)) * step]
+        cv2.resize(piece, (width, len(band)), dst=band, interpolation=cv2.INTER_AREA)
+    return output
 
 
 def _taps(axis: Axis, side: int, extent: float) -> _Taps | None:
@@ -131,12 +141,9 @@ def _taps(axis: Axis, side: int, extent: float) -> _Taps | None:
     return _Taps(start, stop, relative, weight.astype(np.float32), cover.clip(0, 1).astype(np.float32))
 
 
-def _apply(pixels: np.ndarray, taps: _Taps, axis: int) -> np.ndarray:
-    """Weighted sum of the taps along an axis; float32."""
-    shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
-    total = None
+def _apply(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
+    """Weighted sum of the taps along the first axis; float32."""
+    total = np.zeros((len(taps.index), *pixels.shape[1:]), np.float32)
     for index, weight in zip(taps.index.T, taps.weight.T, strict=True):
-        term = pixels.take(index, axis=axis) * weight.reshape(shape)
-        total = term if total is None else np.add(total, term, out=total)
-    assert total is not None  # noqa: S101 - there are at least two taps
+        total += pixels.take(index, axis=0) * weight[:, None, None]
     return total

@@ -32,7 +32,7 @@ __all__ = ["KINDS", "Look", "SyntheticOptions", "make_cohort", "make_slide"]
 
 _DESIGN = 1  # raised when the same arguments begin to give other pixels, so that slides made before are made again
 _STEP = 4  # from each level of the pyramid to the next
-_BAND = 4  # rows of chunks painted at a time
+_BAND = 2_000_000  # pixels painted at a time, or one row of chunks if that is more
 _BIG = 1 << 30  # pixels above which the classic TIFF limit of 4 GiB comes near
 
 
@@ -164,8 +164,9 @@ def _write(path: Path, scene: Scene, options: SyntheticOptions, identity: str) -
     smaller: list[NDArray[np.uint8]] = []
 
     def level0() -> Iterator[NDArray[np.uint8]]:
-        for top in range(0, height, _BAND * options.chunk):
-            band = paint(scene, top, min(_BAND * options.chunk, height - top))
+        rows = options.chunk * max(1, _BAND // (options.chunk * width))
+        for top in range(0, height, rows):
+            band = paint(scene, top, min(rows, height - top))
             smaller.append(_shrink(band))
             yield from _chunks(band, options.chunk)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gigatome.blob.store import atomic_path, redact
 from gigatome.core.errors import NoTissueError, StoreError
-from gigatome.core.geometry import level0_length, magnification, nominal_magnification
+from gigatome.core.geometry import level0_length, magnification
 from gigatome.core.job import Job
 from gigatome.core.logs import Failure, Progress, log, silent
 from gigatome.slides.cohort import Cohort, CohortSlide
@@ -232,7 +232,7 @@ def _grid_of(coords: NDArray[np.int64], fraction: Any, attributes: Mapping[str, 
 
 
 def tile_cohort(
-    cohort: Cohort,
+    cohort: Cohort | str | Path,
     job: Job,
     *,
     options: GridOptions | None = None,
@@ -247,7 +247,7 @@ def tile_cohort(
     tissue have changed since.
 
     Args:
-        cohort: the slides.
+        cohort: the slides, or what :meth:`~gigatome.slides.cohort.Cohort.read` takes.
         job: the job directory.
         options: of the grid.
         segment_options: of the segmentation.
@@ -256,7 +256,11 @@ def tile_cohort(
 
     Returns:
         The grids by slide name, in the order of the cohort, and the slides that failed, those without a tile included.
+
+    Raises:
+        CohortError: the cohort is empty.
     """
+    cohort = Cohort.read(cohort)
     options = options or GridOptions()
     masks, failures = segment_cohort(cohort, job, options=segment_options, threads=threads, progress=progress)
     slides = [slide for slide in cohort if slide.name in masks]
@@ -311,9 +315,14 @@ def _known(path: Path, mask: TissueMask, options: GridOptions, entry: CohortSlid
 
 
 def _magnification(mpp: float) -> float | int:
-    """Magnification for the attributes: whole where it is whole, or off by less than 1 %, and exact otherwise."""
-    value = nominal_magnification(mpp) if magnification(mpp) >= 1 else magnification(mpp)
-    return int(value) if float(value).is_integer() else value
+    """Magnification for the attributes: 40, 20, 10 … where it is off by less than 1 %, and exact otherwise.
+
+    Other tools compute with it, so an odd resolution is not rounded to a whole number.
+    """
+    exact = magnification(mpp)
+    plain = 40.0 * 2.0 ** round(math.log2(exact / 40))
+    value = plain if abs(plain - exact) < 0.01 * exact else exact
+    return int(value) if value.is_integer() else value
 
 
 def _version() -> str:

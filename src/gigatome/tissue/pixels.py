@@ -109,7 +109,7 @@ def ink_pixels(density: Plane, mpp: float) -> Mask:
 
     Blue and green ink absorb red most, which no histological stain in common use does at that density. Red ink absorbs
     green and blue alike; so, nearly, does blood, so a red spot of doubt counts only if it lies on glass. Black ink is
-    dense, grey and wide, as neither pigment nor folds are.
+    wide, and grey or, on tissue, denser in all three channels than folded tissue is.
     """
     red, green, blue = density[..., 0], density[..., 1], density[..., 2]
     cool = (red > 0.25) & (red - green > 0.25 * red)
@@ -118,7 +118,8 @@ def ink_pixels(density: Plane, mpp: float) -> Mask:
     warm = (green > 0.4) & (red < 0.35 * green) & (blue > 0.75 * green)
     warm = _on_glass(warm, density) | (warm & (blue > 0.82 * green))
     mean = _mean(density)
-    black = _without_small((mean > 0.4) & (_spread(density) < 0.2 * mean), 10_000 / mpp**2)
+    black = (mean > 0.4) & (_spread(density) < 0.2 * mean) | (np.minimum(np.minimum(red, green), blue) > 0.65)
+    black = _without_small(black, 10_000 / mpp**2)
     ink = cool | warm | black
     return _morph(ink, cv2.MORPH_DILATE, max(1.0, 16 / mpp)) if ink.any() else ink
 

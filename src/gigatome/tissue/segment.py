@@ -7,6 +7,7 @@ its outlines become polygons in level-0 pixels.
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -82,7 +83,7 @@ def outlines(mask: NDArray[np.bool_], scale: float) -> list[Polygon]:
 
 
 def segment_cohort(
-    cohort: Cohort,
+    cohort: Cohort | str | Path,
     job: Job | None,
     *,
     options: SegmentOptions | None = None,
@@ -95,7 +96,7 @@ def segment_cohort(
     already there are kept, whoever made them, unless they are gigatome's own by other options.
 
     Args:
-        cohort: the slides.
+        cohort: the slides, or what :meth:`~gigatome.slides.cohort.Cohort.read` takes.
         job: where to keep the outlines; None to keep nothing.
         options: of the segmentation.
         threads: slides worked on at a time.
@@ -103,7 +104,11 @@ def segment_cohort(
 
     Returns:
         The masks by slide name, in the order of the cohort, and the slides that failed, those without tissue included.
+
+    Raises:
+        CohortError: the cohort is empty.
     """
+    cohort = Cohort.read(cohort)
     options = options or SegmentOptions()
     masks: dict[str, TissueMask] = {}
     failures: list[Failure] = []
