@@ -95,7 +95,17 @@ def test_evaluate_prints_json_and_writes_files(embedded, slides, tmp_path):
         "-o",
         tmp_path / "result.json",
     ]
-    result = run("evaluate", embedded[0], "--labels", slides / "cohort.csv", "--target", "subtype", *options)
+    result = run(
+        "evaluate",
+        embedded[0],
+        "--labels",
+        slides / "cohort.csv",
+        "--target",
+        "subtype",
+        "-o",
+        tmp_path / "result.json",
+        *options,
+    )
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed == json.loads((tmp_path / "result.json").read_text())

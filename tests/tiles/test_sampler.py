@@ -37,7 +37,8 @@ def test_a_request_depends_on_seed_and_index_alone(slides):
     forward = [sampler.request(index) for index in range(200)]
     other = TileSampler(slides, 256, (0.5, 1.0), seed=1)
     assert [other.request(index) for index in reversed(range(200))] == forward[::-1]
-    assert [TileSampler(slides, 256, (0.5, 1.0), seed=2).request(index) for index in range(200)] != forward
+    reseeded = TileSampler(slides, 256, (0.5, 1.0), seed=2)
+    assert not set(forward) & {reseeded.request(index) for index in range(200)}
     assert len(set(forward)) == 200
     assert sampler.request(7, attempt=1) != forward[7]
 
@@ -63,7 +64,7 @@ def test_slides_come_by_their_area_in_microns(slides):
 
 
 def test_a_resolution_that_is_not_possible_gives_its_weight_to_the_others(slides):
-    sampler = TileSampler(slides, 256, (0.25, 0.5, 2.0, 9.0), (1, 1, 1, 1), seed=0)
+    sampler = TileSampler(slides, 256, (0.25, 0.5, 2.0, 12.0), (1, 1, 1, 1), seed=0)
     requests = [sampler.request(index) for index in range(6000)]
     by_slide = [[r for r in requests if r.slide == slide] for slide in range(3)]
     third = {0.25: 1 / 3, 0.5: 1 / 3, 2.0: 1 / 3}

@@ -109,6 +109,8 @@ def list_uris(prefix: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list
     folder = local_path(text)
     if folder.is_dir():
         found = (str(Path(root) / name) for root, _, names in os.walk(folder) for name in names)
+    elif folder.is_file():
+        found = iter([str(folder)])
     elif glob.has_magic(str(folder)):
         found = (path for path in glob.iglob(str(folder), recursive=True) if Path(path).is_file())  # noqa: PTH207
     else:
@@ -148,7 +150,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Writes a whole file through :func:`atomic_path`; text as UTF-8."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        try:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 @final

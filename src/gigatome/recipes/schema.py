@@ -72,7 +72,7 @@ class Recipe:
         parts = {
             key: config.to_dict(getattr(self, key)) for key in ("method", "level", "encoder", "tiles", "dino", "fit")
         }
-        for key in ("threads", "prefetch"):
+        for key in ("threads", "prefetch", "open_slides"):
             parts["tiles"].pop(key)
         for key in ("save_every", "log_every", "keep", "device"):
             parts["fit"].pop(key)

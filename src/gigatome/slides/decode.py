@@ -26,6 +26,9 @@ _NAMES = {
     J2K: "jpeg2000",
 }
 _GREY, _RGB, _YCBCR = 1, 2, 6
+_EIGHT_BITS = 7  # JPEG 2000 writes the number of bits less one
+_TABLES = (0xC4, 0xDB, 0xDD)  # Huffman, quantisation, restart interval
+_BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 # libjpeg-turbo's own fuzzers stop at this many scans: each pass over a chunk costs the same whatever it holds.
 _MAX_SCANS = 500
 
@@ -89,10 +92,22 @@ def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:
 
     The Adobe marker tells the decoder the colours of the components, which Photometric states and the chunk does not:
     Aperio's RGB chunks carry component ids 0, 1, 2, which libjpeg takes for YCbCr.
+
+    Args:
+        tables: value of the JPEGTables tag, b"" if the chunks carry their own; only its tables are kept.
+        rgb: whether Photometric is RGB rather than YCbCr.
+
+    Raises:
+        ChunkError: ``tables`` is not a JPEG stream.
     """
-    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if rgb else b"\x01")
-    body = tables[2:-2] if tables[:2] == b"\xff\xd8" and tables[-2:] == b"\xff\xd9" else tables[2:]
-    return b"\xff\xd8" + body + adobe
+    kept, position = [b"\xff\xd8"], 2
+    while tables and tables[position : position + 2] != b"\xff\xd9":
+        marker, length = _segment(tables, position)
+        if marker in _TABLES:
+            kept.append(tables[position : position + 2 + length])
+        position += 2 + length
+    kept.append(b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if rgb else b"\x01"))
+    return b"".join(kept)
 
 
 def decode_jpeg(data: bytes, prefix: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -115,19 +130,23 @@ def _jpeg_header(data: bytes, shape: tuple[int, int, int]) -> tuple[bytes, bytes
     end = data.rfind(b"\xff\xd9")
     if end < 0:
         raise ChunkError("JPEG data that end early")
-    kept, position, frame = [], 2, False
+    kept, position, frame = [], 2, 0
     while True:
+        while data[position : position + 2] == b"\xff\xff":  # fill bytes
+            position += 1
         marker, length = _segment(data, position)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             _check_frame(data[position + 4 : position + 2 + length], marker, shape)
-            frame = True
+            frame = marker
         if marker == 0xDA:
             break
         if marker not in (0xE0, 0xEE):
             kept.append(data[position : position + 2 + length])
         position += 2 + length
-    if not frame or data.count(b"\xff\xda", position) > _MAX_SCANS:
-        raise ChunkError("JPEG data without a frame, or with too many scans")
+    if not frame:
+        raise ChunkError("JPEG data without a frame")
+    if frame == _PROGRESSIVE and data.count(b"\xff\xda", position) > _MAX_SCANS:
+        raise ChunkError(f"JPEG data of more than {_MAX_SCANS} scans")
     return b"".join(kept), data[position : end + 2]
 
 
@@ -141,7 +160,7 @@ def _segment(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _check_frame(frame: bytes, marker: int, shape: tuple[int, int, int]) -> None:
-    if len(frame) < 6 or marker not in (0xC0, 0xC1, 0xC2) or frame[0] != 8:
+    if len(frame) < 6 or marker not in (_BASELINE, _EXTENDED, _PROGRESSIVE) or frame[0] != 8:
         raise ChunkError("JPEG data of a kind that is not supported")
     found = (int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5])
     if found != shape:
@@ -155,13 +174,9 @@ def check_jpeg(data: bytes, width: int, height: int, components: int) -> None:
 
 def decode_jpeg2000(data: bytes, shape: tuple[int, int, int], *, ycbcr: bool) -> np.ndarray:
     """JPEG 2000 codestream to uint8 [height, width, 3]; raises :class:`ChunkError` as :func:`decode_jpeg` does."""
-    start = data.find(b"\xff\x4f\xff\x51")
-    if start < 0 or len(data) < start + 42:
-        raise ChunkError("JPEG 2000 data without a header")
-    x1, y1, x0, y0 = (int.from_bytes(data[start + 8 + 4 * k : start + 12 + 4 * k], "big") for k in range(4))
-    found = (y1 - y0, x1 - x0, int.from_bytes(data[start + 40 : start + 42], "big"))
-    if found != shape:
-        raise ChunkError(f"JPEG 2000 data of {_size(found)} where {_size(shape)} is stated")
+    subsampled = _check_siz(data, shape)
+    if subsampled and not ycbcr:
+        raise ChunkError("JPEG 2000 data of subsampled RGB")
     try:
         pixels = imagecodecs.jpeg2k_decode(data)
     except (imagecodecs.Jpeg2kError, ValueError, RuntimeError) as error:
@@ -169,7 +184,24 @@ def decode_jpeg2000(data: bytes, shape: tuple[int, int, int], *, ycbcr: bool) ->
     pixels = pixels.reshape(pixels.shape[0], pixels.shape[1], -1)
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise ChunkError("JPEG 2000 data of another size than stated")
-    return ycbcr_to_rgb(pixels) if ycbcr else as_rgb(pixels)
+    # The decoder itself turns subsampled YCbCr into RGB, and rounds down: up to one grey level below OpenSlide.
+    return ycbcr_to_rgb(pixels) if ycbcr and not subsampled else as_rgb(pixels)
+
+
+def _check_siz(data: bytes, shape: tuple[int, int, int]) -> bool:
+    """Checks the size marker of a codestream; whether its colour components are subsampled."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    components = int.from_bytes(data[start + 40 : start + 42], "big")
+    if start < 0 or components > 4 or len(data) < start + 42 + 3 * components:
+        raise ChunkError("JPEG 2000 data without a header")
+    right, bottom, left, top = (int.from_bytes(data[start + 8 + 4 * k : start + 12 + 4 * k], "big") for k in range(4))
+    found = (bottom - top, right - left, components)
+    if found != shape:
+        raise ChunkError(f"JPEG 2000 data of {_size(found)} where {_size(shape)} is stated")
+    fields = data[start + 42 : start + 42 + 3 * components]
+    if any(bits != _EIGHT_BITS for bits in fields[::3]):
+        raise ChunkError("JPEG 2000 data that are not of 8 bits")
+    return any(step != 1 for step in fields[1::3] + fields[2::3])
 
 
 def ycbcr_to_rgb(pixels: np.ndarray) -> np.ndarray:

@@ -152,7 +152,7 @@ class TiffFile:
             raise NotASlideError(name, "is not a TIFF file")
         self.big = version == 43
         if self.big and (len(head) < 16 or self._integers("HH", head[4:8]) != (8, 0)):
-            raise self._damaged("its BigTIFF header is wrong")
+            raise self.damaged("its BigTIFF header is wrong")
         first = self._integer("Q", head[8:16]) if self.big else self._integer("I", head[4:8])
         self.pages = self._chain(first)
         self._blocks.clear()
@@ -165,11 +165,11 @@ class TiffFile:
         """
         number = page.rows * page.columns
         if number > MAX_CHUNKS:
-            raise self._damaged(f"page {page.index} has {number} chunks, more than {MAX_CHUNKS}")
+            raise self.damaged(f"page {page.index} has {number} chunks, more than {MAX_CHUNKS}")
         entries = [self._need(page.tags, tag, page.index) for tag in (TILE_OFFSETS, TILE_COUNTS)]
         for entry in entries:
             if entry.count != number or entry.kind not in _INTEGERS:
-                raise self._damaged(f"page {page.index} lists {entry.count} chunks where its size implies {number}")
+                raise self.damaged(f"page {page.index} lists {entry.count} chunks where its size implies {number}")
         ranges = [(entry.offset, entry.length) for entry in entries]
         for offset, length in ranges:
             self._check_inside(offset, length)
@@ -186,26 +186,26 @@ class TiffFile:
     def _check_chunks(self, page: TiffPage, offsets: np.ndarray, counts: np.ndarray) -> None:
         size = np.uint64(self._blob.size)
         if counts.max() > MAX_CHUNK_BYTES:
-            raise self._damaged(f"page {page.index} has a chunk of {int(counts.max())} bytes")
+            raise self.damaged(f"page {page.index} has a chunk of {int(counts.max())} bytes")
         present = counts > 0
         # Compared without adding, which could overflow.
         outside = present & ((offsets > size) | (counts.astype(np.uint64) > size - np.minimum(offsets, size)))
         if outside.any():
-            raise self._damaged(f"{int(outside.sum())} chunks of page {page.index} lie behind the end of the file")
+            raise self.damaged(f"{int(outside.sum())} chunks of page {page.index} lie behind the end of the file")
 
     def _chain(self, first: int) -> tuple[TiffPage, ...]:
         pages: list[TiffPage] = []
         offset, seen = first, set()
         while offset:
             if offset in seen:
-                raise self._damaged("its chain of pages is a circle")
+                raise self.damaged("its chain of pages is a circle")
             if len(pages) == MAX_PAGES:
-                raise self._damaged(f"it has more than {MAX_PAGES} pages")
+                raise self.damaged(f"it has more than {MAX_PAGES} pages")
             seen.add(offset)
             tags, offset = self._directory(offset)
             pages.append(self._page(len(pages), tags))
         if not pages:
-            raise self._damaged("it has no page")
+            raise self.damaged("it has no page")
         return tuple(pages)
 
     def _directory(self, offset: int) -> tuple[dict[int, _Entry], int]:
@@ -213,7 +213,7 @@ class TiffFile:
         head, entry, word = (8, 20, "Q") if self.big else (2, 12, "I")
         count = self._integer("Q" if self.big else "H", self._read(offset, head))
         if count > MAX_TAGS:
-            raise self._damaged(f"a page has {count} tags")
+            raise self.damaged(f"a page has {count} tags")
         size = struct.calcsize(word)
         data = self._read(offset + head, count * entry + size)
         tags = {}
@@ -235,11 +235,11 @@ class TiffFile:
         width, height = number(WIDTH), number(HEIGHT)
         chunk = (number(TILE_WIDTH), number(TILE_HEIGHT)) if TILE_WIDTH in tags else (0, 0)
         if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-            raise self._damaged(f"page {index} is {width} × {height} pixels")
+            raise self.damaged(f"page {index} is {width} × {height} pixels")
         if TILE_WIDTH in tags and not all(MIN_CHUNK_SIDE <= side <= MAX_CHUNK_SIDE for side in chunk):
-            raise self._damaged(f"page {index} has chunks of {chunk[0]} × {chunk[1]} pixels")
+            raise self.damaged(f"page {index} has chunks of {chunk[0]} × {chunk[1]} pixels")
         if number(IMAGE_DEPTH, 1) != 1:
-            raise self._damaged(f"page {index} is a volume, which is not supported")
+            raise self.damaged(f"page {index} is a volume, which is not supported")
         resolution = self._rational(tags, X_RESOLUTION), self._rational(tags, Y_RESOLUTION)
         return TiffPage(
             index=index,
@@ -272,7 +272,7 @@ class TiffFile:
         if entry is None:
             return b""
         if entry.length > _MAX_TEXT:
-            raise self._damaged(f"tag {tag} holds {entry.length} bytes")
+            raise self.damaged(f"tag {tag} holds {entry.length} bytes")
         return self._read(entry.offset, entry.length)
 
     def _numbers(self, tags: Mapping[int, _Entry], tag: int, page: int, default: int | None) -> tuple[int, ...]:
@@ -280,7 +280,7 @@ class TiffFile:
             return (default,)
         entry = self._need(tags, tag, page)
         if entry.kind not in _INTEGERS or not 0 < entry.count <= MAX_TAGS:
-            raise self._damaged(f"tag {tag} of page {page} is not a whole number")
+            raise self.damaged(f"tag {tag} of page {page} is not a whole number")
         data = np.frombuffer(self._read(entry.offset, entry.length), self._order + _INTEGERS[entry.kind])
         return tuple(int(value) for value in data)
 
@@ -293,7 +293,7 @@ class TiffFile:
 
     def _need(self, tags: Mapping[int, _Entry], tag: int, page: int) -> _Entry:
         if tag not in tags:
-            raise self._damaged(f"page {page} has no tag {tag}")
+            raise self.damaged(f"page {page} has no tag {tag}")
         return tags[tag]
 
     def _integers(self, layout: str, data: bytes) -> tuple[int, ...]:
@@ -316,7 +316,8 @@ class TiffFile:
 
     def _check_inside(self, offset: int, length: int) -> None:
         if offset + length > self._blob.size:
-            raise self._damaged("it is truncated: it refers to bytes behind its end")
+            raise self.damaged("it is truncated: it refers to bytes behind its end")
 
-    def _damaged(self, message: str) -> DamagedSlideError:
+    def damaged(self, message: str) -> DamagedSlideError:
+        """The error to raise about this file."""
         return DamagedSlideError(self._name, f"{message}; copy it again or leave it out")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from gigatome.slides.decode import ChunkFormat, chunk_format
+from gigatome.slides.decode import ChunkError, ChunkFormat, chunk_format
 from gigatome.slides.tiff import NDPI_FORMAT, XMP, TiffFile, TiffPage
 
 # Resolution tags are often nonsense (72 dpi, 1 px per cm): outside this range of mpp they are not believed.
@@ -40,11 +40,18 @@ class Pyramid:
 
 
 def recognise(tiff: TiffFile) -> Pyramid | None:
-    """The slide in a TIFF file; None if its dialect or its compression is one for the fallback readers."""
+    """The slide in a TIFF file; None if its dialect or its compression is one for the fallback readers.
+
+    Raises:
+        DamagedSlideError: the tables that its chunks need are broken.
+    """
     if is_foreign(tiff) or is_ome(tiff):
         return None
     pages = _levels(tiff.pages)
-    formats = [chunk_format(page) for page in pages]
+    try:
+        formats = [chunk_format(page) for page in pages]
+    except ChunkError as error:
+        raise tiff.damaged(f"its JPEG tables are broken ({error})") from error
     decodable = tuple(item for item in formats if item is not None)
     if not pages or len(decodable) < len(pages):
         return None

@@ -1,7 +1,8 @@
 """Where tissue is on a slide: polygons in level-0 pixels, the exact share of any tile that they cover, and GeoJSON.
 
-One file serves QuPath and TRIDENT: a FeatureCollection with one polygon a feature. QuPath crops some formats to their
-scanned part, in which case its coordinates are level-0 minus the bounds; those files are shifted before they come here.
+One file serves QuPath and TRIDENT: a FeatureCollection with one polygon a feature. Where QuPath crops a slide to its
+scanned part (MIRAX and the like, without ``--no-crop``), its coordinates are level-0 minus the slide's bounds: such
+outlines have to be shifted before they are read here.
 """
 
 import json
