@@ -136,15 +136,15 @@ def tiff_bytes(pages, *, order="<", big=False):
             data += chunk
         tags = dict(page.tags)
         kind = LONG8 if big else LONG
-        tags.setdefault(324, (kind, offsets))
-        tags.setdefault(325, (LONG, [len(chunk) for chunk in page.chunks]))
+        where, lengths = (324, 325) if 322 in tags else (273, 279)
+        tags.setdefault(where, (kind, offsets))
+        tags.setdefault(lengths, (LONG, [len(chunk) for chunk in page.chunks]))
         entries = b""
         for code, (kind, values) in sorted(tags.items()):
             payload, count = _payload(order, kind, values)
             if len(payload) > size:
                 data += bytes(len(data) % 2)
-                payload, where = struct.pack(order + word, len(data)), payload
-                data += where
+                data, payload = data + payload, struct.pack(order + word, len(data))
             entries += struct.pack(order + "HH" + word, code, kind, count) + payload.ljust(size, b"\0")
         data += bytes(len(data) % 2)
         data[link : link + size] = struct.pack(order + word, len(data))
@@ -167,14 +167,13 @@ def _payload(order, kind, values):
 def aperio_pages(image, side=64, kind="420", description=APERIO):
     """Levels 1 and 4 as an SVS lays them out, with thumbnail, label and macro in strips."""
     text = {"t270": (ASCII, description)}
-    level1 = jpeg_page(halved(image, 4), side, kind, t270=(ASCII, "Aperio Image Library v12.0.15 \r\n900x700 -> 225x175"))
+    level1 = jpeg_page(
+        halved(image, 4), side, kind, t270=(ASCII, "Aperio Image Library v12.0.15 \r\n900x700 -> 225x175")
+    )
     return [jpeg_page(image, side, kind, **text), strip_page(halved(image, 7)), level1,
             strip_page(picture(90, 80)), strip_page(picture(120, 40))]  # fmt: skip
 
 
-def strip_page(image):
-    height, width, samples = image.shape
-    tags = {256: (LONG, [width]), 257: (LONG, [height]), 258: (SHORT, [8] * samples), 259: (SHORT, [1]),
-            262: (SHORT, [2]), 277: (SHORT, [samples]), 278: (LONG, [height]), 273: (LONG, [8]),
-            279: (LONG, [image.size]), 324: (LONG, []), 325: (LONG, [])}  # fmt: skip
-    return Page({code: value for code, value in tags.items() if value[1]}, [])
+def strip_page(image, **more):
+    """A page of one uncompressed strip."""
+    return tiled_page(image, 0, 1, [image.tobytes()], t322=None, t323=None, t278=(LONG, [image.shape[0]]), **more)

@@ -1,5 +1,7 @@
 """Small slides, and small encoders, for the tests of extraction."""
 
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import tifffile
 import torch
 from torch import nn
 
+from gigatome.embeddings.extract import embed
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.slides.cohort import Cohort
 
@@ -74,3 +77,23 @@ def colour_encoder():
 @pytest.fixture
 def colours():
     return ColourEncoder()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def prepared(slides, colour_encoder, tmp_path_factory):
+    """A job directory in which tissue and tiles are found already."""
+    folder = tmp_path_factory.mktemp("prepared")
+    store = embed(slides / "cohort.csv", encoder=colour_encoder(), out=folder, tile_size=64, mpp=MPP, min_tissue=0.5)
+    shutil.rmtree(store.folder)
+    next(store.tiles.path.glob("_config*")).unlink()
+    return folder
+
+
+@pytest.fixture
+def job(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "job")

@@ -84,17 +84,7 @@ def test_evaluate_prints_a_table(embedded, slides):
 
 
 def test_evaluate_prints_json_and_writes_files(embedded, slides, tmp_path):
-    options = [
-        "--folds",
-        "patient",
-        "--level",
-        "tile",
-        "--tiles-per-slide",
-        "5",
-        "--json",
-        "-o",
-        tmp_path / "result.json",
-    ]
+    options = ["--folds", "patient", "--level", "tile", "--tiles-per-slide", "5", "--json"]
     result = run(
         "evaluate",
         embedded[0],

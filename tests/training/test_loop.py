@@ -233,6 +233,28 @@ def test_a_run_killed_before_its_export_only_exports(tmp_path, whole):
     load_encoder(tmp_path)
 
 
+def test_an_export_cut_short_is_made_again(tmp_path):
+    dino = make_dino()
+
+    def broken(folder):
+        folder.mkdir()
+        raise StopError
+
+    dino.export = broken
+    with pytest.raises(StopError):
+        fit(dino, TinyStream(), FIT, tmp_path, identity="tiny")
+    assert not (tmp_path / "encoder").exists()
+    run(tmp_path, resume=True)
+    load_encoder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "encoder", "metrics.jsonl"]
+
+
+def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written"):
+        run(tmp_path / "out")
+
+
 @pytest.mark.parametrize(("kills", "steps"), [(6, 24), pytest.param(24, 90, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(tmp_path, kills, steps):
     """SIGKILL, half of them inside a save; then the same weights as without."""

@@ -1,5 +1,6 @@
 """``gigatome check``: opens every slide of a cohort and says what is wrong, without stopping."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -7,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from gigatome.blob.store import redact, write_atomic
 from gigatome.cli.progress import progress_bar
+from gigatome.core.errors import GigatomeError
 from gigatome.slides.check import SlideReport, check_cohort
 from gigatome.slides.cohort import Cohort
 
@@ -21,7 +24,7 @@ from gigatome.slides.cohort import Cohort
 def check(
     cohort: Annotated[str, typer.Argument(help="A table (CSV), a folder, a glob, a bucket prefix or one slide.")],
     labels: Annotated[str | None, typer.Option(help="A table to join by slide or patient.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write check.csv to.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for check.csv and cohort.html.")] = None,
     thorough: Annotated[bool, typer.Option(help="Read every pixel, to find damage anywhere; takes long.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
 ) -> None:
@@ -33,7 +36,10 @@ def check(
     with progress_bar() as progress:
         reports = check_cohort(slides, thorough=thorough, progress=progress)
     if out is not None:
+        from gigatome.evaluation.report import cohort_page
+
         write_atomic(out / "check.csv", _csv(reports))
+        cohort_page(out / "cohort.html", Path(slides.source).name, reports, _thumbnails(slides, reports))
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(report) for report in reports], indent=2, ensure_ascii=False))
     else:
@@ -69,6 +75,17 @@ def _show(reports: list[SlideReport]) -> None:
         f"\nslides: {len(reports)} · patients: {patients} · can be used: {usable} · with problems: {bad}",
         highlight=False,
     )
+
+
+def _thumbnails(cohort: Cohort, reports: list[SlideReport]) -> dict[str, np.ndarray]:
+    """Pictures of the slides that can be used; one that cannot be drawn after all is left out."""
+    usable = {report.uri for report in reports if report.usable}
+    pictures = {}
+    for entry in cohort:
+        if entry.uri in usable:
+            with contextlib.suppress(GigatomeError), entry.open() as slide:
+                pictures[entry.name] = slide.thumbnail(480)
+    return pictures
 
 
 def _csv(reports: list[SlideReport]) -> str:

@@ -19,7 +19,7 @@ from gigatome.core.job import Job, TilesDir
 from gigatome.core.logs import Failure, Progress, log, silent, write_failures
 from gigatome.core.version import __version__
 from gigatome.embeddings.encoding import PRECISIONS, Maker, Precision, encode, ready, try_out
-from gigatome.embeddings.lock import STALE_HOURS, Lock
+from gigatome.embeddings.lock import Lock
 from gigatome.embeddings.reading import SlideTiles, read_ahead
 from gigatome.embeddings.store import WEIGHTS, Bag, EmbeddingStore, read_header, write_bag
 from gigatome.encoders.zoo import load_encoder
@@ -38,7 +38,8 @@ class EmbedOptions:
         batch_size: tiles that the encoder sees at once, of whichever slides.
         device: where the encoder runs: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …
         precision: ``"fp32"``, or what PyTorch's autocast computes in.
-        threads: threads that read tiles ahead of the encoder.
+        threads: threads that read tiles ahead of the encoder; they wait when three batches are ready, so on a CPU they
+            take from the encoder no more than their tiles need.
         dtype: of the files: ``"float32"`` or ``"float16"``.
     """
 
@@ -74,7 +75,6 @@ def embed(
     name: str | None = None,
     shard: tuple[int, int] = (0, 1),
     overwrite: bool = False,
-    stale_hours: float = STALE_HOURS,
     segment_options: SegmentOptions | None = None,
     progress: Progress = silent,
 ) -> EmbeddingStore:
@@ -102,7 +102,6 @@ def embed(
         name: of the encoder in file and folder names; the default tells encoders with other weights apart.
         shard: (i, n) takes every n-th slide from the i-th, from 0: static shards for several machines.
         overwrite: replace embeddings that other weights of the same name made.
-        stale_hours: age at which the lock of another machine counts as dead.
         segment_options: how tissue is found.
         progress: called with the number of tiles done.
 
@@ -122,18 +121,15 @@ def embed(
     cohort, job = _shard(Cohort.read(cohort), shard), Job(Path(out))
     model = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
     maker = Maker.of(model, name)
+    store = EmbeddingStore(job.path, job.tiles(tile_size, mpp, overlap), maker.name)
     with ready(model, device):
         try_out(model, maker, tile_size, device=device, precision=precision)
         grids, failures = tile_cohort(
             cohort, job, options=grid, segment_options=segment_options, threads=threads, progress=progress
         )
-        store = EmbeddingStore(job.path, job.tiles(tile_size, mpp, overlap), maker.name)
         todo = _todo(cohort, grids, store, maker, overwrite)
         _write_config(store.tiles, maker, grid, options)
-        extraction = _Extraction(model, maker, store, options, grids, stale_hours, progress)
-        locked = extraction.run(todo)
-        locked = extraction.run(locked) if locked else []  # whoever held them may have finished, or died
-    failures = [*failures, *extraction.failures, *(_locked(slide, store) for slide in locked)]
+        failures = failures + _Extraction(model, maker, store, options, grids, progress).run(todo)
     write_failures(job.failures if shard[1] == 1 else job.path / f"failures_{shard[0]}_of_{shard[1]}.csv", failures)
     return replace(store, failures=tuple(failures))
 
@@ -160,17 +156,23 @@ class _Extraction:
         store: EmbeddingStore,
         options: EmbedOptions,
         grids: Mapping[str, TileGrid],
-        stale_hours: float,
         progress: Progress,
     ):
-        self.failures: list[Failure] = []
         self._model, self._maker, self._store, self._options = model, maker, store, options
-        self._grids, self._stale_hours, self._progress = grids, stale_hours, progress
+        self._grids, self._progress = grids, progress
+        self._failures: list[Failure] = []
         self._open: dict[str, _Work] = {}
         self._total = sum(map(len, grids.values()))
         self._done = 0
 
-    def run(self, slides: Sequence[CohortSlide]) -> list[CohortSlide]:
+    def run(self, slides: Sequence[CohortSlide]) -> list[Failure]:
+        """Embeds slides; returns those that could not be, those that somebody else holds among them."""
+        locked = self._pass(slides)
+        if locked:  # whoever held them may have finished, or died
+            locked = self._pass(locked)
+        return [*self._failures, *(_locked(slide, self._store) for slide in locked)]
+
+    def _pass(self, slides: Sequence[CohortSlide]) -> list[CohortSlide]:
         """Embeds slides; returns those that somebody else holds."""
         self._done = self._total - sum(len(self._grids[slide.name]) for slide in slides)
         self._progress("embed", self._done, self._total)
@@ -194,7 +196,7 @@ class _Extraction:
     def _claim(self, slides: Sequence[CohortSlide], locked: list[CohortSlide]) -> Iterator[_Work]:
         """Slides that this process may embed, each locked when its turn comes."""
         for slide in slides:
-            lock = Lock(self._store.path(slide.name), stale_hours=self._stale_hours)
+            lock = Lock(self._store.path(slide.name))
             if not lock.acquire():
                 locked.append(slide)
                 continue
@@ -254,7 +256,7 @@ class _Extraction:
         name = work.slide.name
         error = work.tiles.error or _not_finite(work, self._options)
         if error is not None:
-            self.failures.append(Failure.of(name, "embed", error))
+            self._failures.append(Failure.of(name, "embed", error))
         else:
             encoding = {WEIGHTS: self._maker.weights, "precision": self._options.precision, "version": __version__}
             attrs = coords_attributes(work.grid, name, str(self._store.folder))

@@ -13,7 +13,7 @@ class DinoHead(nn.Module):
     """DINO's projection head: an MLP, a unit sphere, and a layer of prototypes.
 
     State-dict keys are those of the authors' ``DINOHead``: ``mlp.0.weight`` …, ``last_layer.weight_g``,
-    ``last_layer.weight_v``.
+    ``last_layer.weight_v``; with batch norm, its running statistics are not kept.
 
     Args:
         dim: size D of an embedding.
@@ -22,9 +22,12 @@ class DinoHead(nn.Module):
         hidden_dim: width of the MLP.
         bottleneck_dim: size of the space in which embeddings meet prototypes.
         layers: linear layers of the MLP, at least 1; GELU between them.
+        batch_norm: normalise over the batch before each GELU. The authors' ``use_bn_in_head``; they leave it off for
+            ViTs, but it keeps a run that is too short for that from giving all images one answer. It always takes
+            the statistics of the batch at hand.
         norm_last_layer: keep the prototypes at unit length; otherwise their lengths are learnt.
 
-    Source: arXiv 2104.14294, appendix C, and the authors' code; no batch norm, as they use it for ViTs.
+    Source: arXiv 2104.14294, appendix C, and the authors' code.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class DinoHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         layers: int = 3,
+        batch_norm: bool = False,
         norm_last_layer: bool = True,
     ):
         super().__init__()
@@ -47,6 +51,8 @@ class DinoHead(nn.Module):
             nn.init.zeros_(linear.bias)
         modules: list[nn.Module] = [linears[0]]
         for linear in linears[1:]:
+            if batch_norm:
+                modules.append(nn.BatchNorm1d(hidden_dim, track_running_stats=False))
             modules += [nn.GELU(), linear]
         self.mlp = nn.Sequential(*modules)
         self.last_layer = _Prototypes(bottleneck_dim, prototypes, generator, learn_length=not norm_last_layer)

@@ -15,7 +15,7 @@ from gigatome.evaluation import metrics
 from gigatome.evaluation.probes import Probe, find_probe, fit_predict
 from gigatome.evaluation.result import EvaluationResult, FoldScore, Level, Predictions, Scores, score
 from gigatome.evaluation.splits import Fold, folds_digest, leave_one_out, patient_folds, read_folds
-from gigatome.slides.cohort import Cohort, CohortSlide, _patient_of
+from gigatome.slides.cohort import Cohort, CohortSlide, patient_of
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,19 @@ def evaluate(
     """Says how well a simple head on frozen embeddings predicts a label, by cross-validation over patients.
 
     A patient's slides are never in both the training and the test part of a fold. Every score comes with a 95 %
-    bootstrap interval over patients. The interval says how sure the score is on patients like these given the
-    classifiers; it does not hold the spread from training on other patients.
+    bootstrap interval over patients. The interval says how sure the score is on patients like these given the folds'
+    classifiers; it does not hold the spread from training on other patients, and so is too narrow for a claim about
+    the encoder: in 750 simulated cohorts of 40 and 120 patients it held the expected AUROC in 84 to 87 of 100. For the
+    difference between two encoders, :func:`~gigatome.evaluation.result.compare` corrects that.
 
     Args:
         store: embeddings, or a folder that :meth:`EmbeddingStore.open` takes.
         cohort: slides, patients and labels, or what :meth:`Cohort.read` takes.
         target: the label column. Slides without a label are left out.
         head: ``"linear"``, ``"knn"``, ``"giga"`` (Giga-SSL's logistic regression), ``"hipt"`` (HIPT's kNN), or options.
-        folds: how many stratified folds; ``"patient"`` to leave one patient out at a time; or a table of folds as
-            Patho-Bench has them.
+        folds: how many stratified folds; ``"patient"`` to leave one patient out at a time, for classes of very few
+            patients: as the one left out is then missing from its own class, a head that learns nothing scores below
+            chance; or a table of folds as Patho-Bench has them.
         seed: of folds, sampling and resampling.
         level: ``"slide"`` classifies the mean embedding of each slide; ``"tile"`` classifies tiles, each with the label
             of its slide, and then slides by their tiles.
@@ -77,11 +80,8 @@ def evaluate(
     labels = cohort.column(target)
     samples, without = _load(store, cohort, labels, target, level, tiles_per_slide, seed)
     split, parts = _split(samples, folds, seed)
+    _check_tested(samples, parts, target)
     predictions, fold_scores = _cross_validate(samples, probe, parts, progress)
-    everyone = np.unique(predictions.y)
-    if len(everyone) < len(samples.classes):
-        lost = sorted(set(range(len(samples.classes))) - set(everyone.tolist()))
-        raise EvaluationError(f"{target}: no fold tests class {samples.classes[lost[0]]}; use other folds")
     return EvaluationResult(
         target=target,
         head=name,
@@ -112,7 +112,7 @@ def _read_cohort(source: Cohort | str | Path, store: EmbeddingStore) -> Cohort:
         if not names or not Path(str(source)).is_file():
             raise
         return Cohort.read(
-            Cohort(tuple(CohortSlide(n, n, _patient_of(n)) for n in names), str(source)), labels=str(source)
+            Cohort(tuple(CohortSlide(n, n, patient_of(n)) for n in names), str(source)), labels=str(source)
         )
 
 
@@ -195,6 +195,13 @@ def _split(samples: _Samples, folds: int | str | Path, seed: int) -> tuple[str, 
         if absent:
             raise EvaluationError(f"{folds}: fold_{k} has no training slide of class {absent[0]}")
     return f"{len(parts)} folds of {Path(folds).name}", parts
+
+
+def _check_tested(samples: _Samples, parts: Sequence[Fold], target: str) -> None:
+    tested = {y for _, test in parts for y in samples.y[test].tolist()}
+    lost = [label for k, label in enumerate(samples.classes) if k not in tested]
+    if lost:
+        raise EvaluationError(f"{target}: no fold tests class {lost[0]}; use other folds")
 
 
 def _cross_validate(

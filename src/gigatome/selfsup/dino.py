@@ -33,6 +33,7 @@ class DinoOptions:
         head_layers: linear layers of the head's MLP.
         head_hidden_dim: its width.
         head_bottleneck_dim: its output.
+        head_batch_norm: batch norm in the head; keeps short runs of small batches from collapsing to one output.
         norm_last_layer: keep the prototypes at unit length; steadier, and right for small ViTs.
         freeze_last_layer_epochs: the prototypes stay as they are in the first epochs.
         drop_path: stochastic depth of the student.
@@ -49,6 +50,7 @@ class DinoOptions:
     head_layers: int = 3
     head_hidden_dim: int = 2048
     head_bottleneck_dim: int = 256
+    head_batch_norm: bool = False
     norm_last_layer: bool = True
     freeze_last_layer_epochs: int = 1
     drop_path: float = 0.1
@@ -198,6 +200,7 @@ def _branch(config: EncoderConfig, options: DinoOptions, seed: int, name: str | 
         hidden_dim=options.head_hidden_dim,
         bottleneck_dim=options.head_bottleneck_dim,
         layers=options.head_layers,
+        batch_norm=options.head_batch_norm,
         norm_last_layer=options.norm_last_layer,
     )
     return _Branch(encoder, head)

@@ -240,7 +240,7 @@ def _slides_of_table(source: str) -> list[CohortSlide]:
             )
         name = slide_id(uri)
         patient = cells[patients] if patients else ""
-        slides.append(CohortSlide(uri, name, patient or _patient_of(name), table.mpp(line, cells), table.labels(cells)))
+        slides.append(CohortSlide(uri, name, patient or patient_of(name), table.mpp(line, cells), table.labels(cells)))
     if not patients:
         _say_patients(slides, table.source)
     return slides
@@ -255,7 +255,7 @@ def _slides_listed(source: str) -> list[CohortSlide]:
         raise CohortError(what) from error
     if not uris:
         raise CohortError(f"{redact(source)}: the cohort is empty; no slide there ({', '.join(SLIDE_SUFFIXES)})")
-    slides = [CohortSlide(uri, slide_id(uri), _patient_of(slide_id(uri))) for uri in uris]
+    slides = [CohortSlide(uri, slide_id(uri), patient_of(slide_id(uri))) for uri in uris]
     _say_patients(slides, redact(source))
     return slides
 
@@ -327,7 +327,7 @@ def _joined_patient(slide: CohortSlide, patient: str, source: str) -> str:
     """The patient that the labels state; it may replace one that was only derived from the slide's name."""
     if not patient or patient == slide.patient:
         return slide.patient
-    if slide.patient != _patient_of(slide.name):
+    if slide.patient != patient_of(slide.name):
         raise CohortError(f"{source}: slide {slide.name} has two patients, {slide.patient} and {patient}")
     return patient
 
@@ -356,7 +356,8 @@ def _name_of(cell: str) -> str:
     return PurePosixPath(cell).name
 
 
-def _patient_of(name: str) -> str:
+def patient_of(name: str) -> str:
+    """Patient of a slide that nobody named one for: its TCGA barcode, else its own name."""
     barcode = _TCGA.match(name)
     return barcode.group() if barcode else name
 

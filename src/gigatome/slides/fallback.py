@@ -1,7 +1,7 @@
 """Readers for what gigatome does not decode itself: OpenSlide for other vendors and DICOM, tifffile for OME-TIFF."""
 
+import contextlib
 import re
-import threading
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -17,6 +17,10 @@ from gigatome.slides.resample import WHITE
 from gigatome.slides.tiff import MAX_CHUNK_BYTES, MAX_SIDE
 from gigatome.slides.vendors import tag_mpp
 
+_COLOUR = (2, 6)  # TIFF's codes for RGB and YCbCr
+_PREMULTIPLIED = 1
+_ALPHA = (_PREMULTIPLIED, 2)  # TIFF's codes for an extra sample that is alpha; others are no part of the picture
+_AHEAD = 1 << 16
 _SIDES = ("x", "y", "width", "height")
 
 
@@ -48,7 +52,7 @@ class OpenSlideReader:
             raise NotASlideError(name, "is not a slide that OpenSlide can read") from None
         except self._library.OpenSlideError as error:
             raise DamagedSlideError(name, f"OpenSlide cannot open it ({error})") from error
-        self.properties: Mapping[str, str] = dict(self._slide.properties)
+        self.properties: Mapping[str, str] = _readable(self._slide.properties)
         self.vendor = self.properties.get("openslide.vendor", "unknown")
         self.levels = tuple(self._level(index) for index in range(self._slide.level_count))
         self.mpp = self._mpp()
@@ -98,13 +102,29 @@ class OpenSlideReader:
             return Box(0, 0, *self._slide.dimensions)
 
 
-def over(rgba: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Composites uint8 [H, W, 4], alpha not premultiplied, onto a colour float32 [3]; uint8 [H, W, 3]."""
+def _readable(properties: Mapping[str, str]) -> dict[str, str]:
+    """The properties whose text OpenSlide can give; those of a damaged file may be no text."""
+    found = {}
+    for key in properties:
+        with contextlib.suppress(KeyError, UnicodeDecodeError):
+            found[key] = properties[key]
+    return found
+
+
+def over(rgba: np.ndarray, background: np.ndarray, *, premultiplied: bool = False) -> np.ndarray:
+    """Composites uint8 [H, W, 4] onto a colour float32 [3]; uint8 [H, W, 3].
+
+    Args:
+        rgba: colours and alpha.
+        background: the colour, 0 to 255.
+        premultiplied: whether the colours are multiplied by alpha already.
+    """
     alpha = rgba[..., 3:]
     if (alpha == 255).all():
         return np.ascontiguousarray(rgba[..., :3])
     share = alpha.astype(np.float32) / 255
-    return (rgba[..., :3] * share + background * (1 - share) + np.float32(0.5)).astype(np.uint8)
+    colour = rgba[..., :3] if premultiplied else rgba[..., :3] * share
+    return (colour + background * (1 - share) + np.float32(0.5)).clip(0, 255).astype(np.uint8)
 
 
 @final
@@ -154,14 +174,17 @@ class TifffileReader:
             for row in range(y // side_y, (y + height - 1) // side_y + 1)
             for column in range(x // side_x, (x + width - 1) // side_x + 1)
         ]
-        wanted = [(place, (place[0] * rows + place[1]) * columns + place[2]) for place in wanted]
-        wanted = [(place, index) for place, index in wanted if page.databytecounts[index]]
-        data = self._blob.read_ranges([(page.dataoffsets[index], page.databytecounts[index]) for _, index in wanted])
-        for ((plane, row, column), index), raw in zip(wanted, data, strict=True):
-            pixels = self._decode(page, index, raw, f"chunk {column}, {row} of level {level}")
+        chunks = [(plane * rows + row) * columns + column for plane, row, column in wanted]
+        ranges = [(page.dataoffsets[chunk], page.databytecounts[chunk]) for chunk in chunks]
+        for (plane, row, column), chunk, data in zip(wanted, chunks, self._blob.read_ranges(ranges), strict=True):
+            if not data:
+                continue  # left out of the file: white
+            pixels = self._decode(page, chunk, data, f"chunk {column}, {row} of level {level}")
             target = output if planes == 1 else output[..., plane : plane + 1]
             place(target, pixels, column * side_x - x, row * side_y - y)
-        return over(output, np.full(3, WHITE, np.float32)) if output.shape[2] == 4 else output
+        if page.samplesperpixel == 3 or page.extrasamples[0] not in _ALPHA:
+            return np.ascontiguousarray(output[..., :3])
+        return over(output, np.full(3, WHITE, np.float32), premultiplied=page.extrasamples[0] == _PREMULTIPLIED)
 
     def close(self) -> None:
         """Closes the file."""
@@ -182,7 +205,8 @@ class TifffileReader:
 
     def _checked(self, level: Any) -> Any:
         page = level.keyframe
-        if page.dtype != np.uint8 or page.samplesperpixel not in (3, 4) or set(level.axes) != {"Y", "X", "S"}:
+        colour = page.photometric in _COLOUR and page.samplesperpixel in (3, 4)
+        if page.dtype != np.uint8 or not colour or set(level.axes) != {"Y", "X", "S"}:
             what = f"{level.axes} {level.dtype} with {page.samplesperpixel} samples a pixel"
             raise NotASlideError(self._name, f"holds {what}; only 8-bit RGB is a brightfield slide")
         width, height = _chunk_size(page)
@@ -241,10 +265,11 @@ def _chunk_size(page: Any) -> tuple[int, int]:
 
 @final
 class _File:
-    """A blob as the file object that tifffile reads its headers from."""
+    """A blob as the file object that tifffile reads its headers from; reads ahead, as each read may be a request."""
 
     def __init__(self, blob: Blob):
-        self._blob, self._position, self._lock = blob, 0, threading.Lock()
+        self._blob, self._position = blob, 0
+        self._ahead, self._start = b"", 0
         self.name, self.mode = "", "rb"
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -257,9 +282,17 @@ class _File:
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._blob.size - self._position)
         size = left if size < 0 else min(size, left)
-        data = self._blob.read(self._position, size)
+        if not size:
+            return b""
+        first = self._position - self._start
+        if not 0 <= first <= len(self._ahead) - size:
+            self._ahead, self._start, first = (
+                self._blob.read(self._position, max(size, min(left, _AHEAD))),
+                self._position,
+                0,
+            )
         self._position += size
-        return data
+        return self._ahead[first : first + size]
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import final
 
 from gigatome.slides.decode import ChunkError, ChunkFormat, chunk_format
-from gigatome.slides.tiff import NDPI_FORMAT, XMP, TiffFile, TiffPage
+from gigatome.slides.tiff import ARGOS_METADATA, MAKE, NDPI_FORMAT, XMP, TiffFile, TiffPage
 
 # Resolution tags are often nonsense (72 dpi, 1 px per cm): outside this range of mpp they are not believed.
 MIN_TAG_MPP, MAX_TAG_MPP = 0.05, 20.0
@@ -109,8 +109,10 @@ def is_foreign(tiff: TiffFile) -> bool:
     return (
         NDPI_FORMAT in first.tags
         or first.software.startswith(("Philips", "MedScan"))
+        or tiff.text(first.tags, MAKE).startswith("Huron")
         or "www.leica-microsystems.com/scn" in first.description
-        or any(XMP in page.tags and "iScan" in tiff.text(page.tags, XMP) for page in tiff.pages)
+        or "Argos.Scan.Metadata" in tiff.text(first.tags, ARGOS_METADATA)
+        or any("iScan" in tiff.text(page.tags, XMP) for page in tiff.pages)
     )
 
 

@@ -5,8 +5,7 @@ k. So a run that is killed and resumed ends with the weights of one that was not
 PyTorch and number of threads (a GPU's own nondeterminism aside).
 """
 
-import signal
-import threading
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from gigatome.core.errors import RunError
 from gigatome.core.logs import Progress, log, silent
 from gigatome.core.seeding import torch_seed
 from gigatome.training import checkpoint as checkpoints
+from gigatome.training.interrupts import Interrupts
 from gigatome.training.optim import (
     Clipping,
     LrScaling,
@@ -44,8 +44,7 @@ class FitOptions:
     Attributes:
         steps: length of the run; give this or ``epochs``.
         epochs: length of the run in epochs of ``epoch_images``.
-        epoch_images: tiles that count as an epoch; an online stream has no natural one.
-            Source: kaiko, section IV-C.
+        epoch_images: tiles that count as an epoch, as an online stream has no natural one (kaiko, section IV-C).
         batch_size: tiles of a step.
         grad_accumulation: parts that a batch is cut into; the gradient is that of the whole.
         lr: base learning rate, before ``lr_scaling``.
@@ -235,7 +234,7 @@ def fit(
     if last and last.step >= steps and encoder.is_dir():
         return FitResult(out, last.step, steps, False, encoder, metrics.last)
 
-    with checkpoints.own_random_state(options.seed, device), _Interrupts() as interrupts:
+    with checkpoints.own_random_state(options.seed, device), Interrupts() as interrupts:
         # model and optimiser
         method.to(device)
         method.train()
@@ -305,12 +304,12 @@ def fit(
                 log.warning("%s: stopped by %s at step %d of %d", out, interrupts.seen, done, steps)
                 return FitResult(out, done, steps, True, None, metrics.last)
 
-        method.export(encoder)
+        _export(method, encoder)
     return FitResult(out, steps, steps, False, encoder, metrics.last)
 
 
 def _find_run(out: Path, resume: bool, identity: str) -> checkpoints.Checkpoint | None:
-    """Last checkpoint of the run in ``out``, checked; None for a new run. Clears away what a killed run left."""
+    """Last checkpoint of the run in ``out``, checked; None for a new run. Clears what a killed run left."""
     folder = out / "checkpoints"
     if not resume and (folder.exists() or (out / "metrics.jsonl").exists()):
         raise RunError(f"{out}: holds a run already; go on with it by --resume, or give another folder")
@@ -345,6 +344,14 @@ def _next_images(batches: Iterator[Batch], batch_size: int, step: int) -> Tensor
     return torch.from_numpy(np.require(images, requirements=["C", "W"]))
 
 
+def _export(method: Method, folder: Path) -> None:
+    """Writes the export whole or not at all, as its presence tells that the run is complete."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    method.export(temporary)
+    temporary.rename(folder)
+
+
 def _due(done: int, steps: int, every: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
@@ -361,35 +368,3 @@ def _check_finite(meter: Meter, out: Path, step: int, lr: float, parameters: Map
         f"{'The last checkpoint is ' + last.path.name if last else 'There is no checkpoint yet'}; "
         "try a lower fit.lr or fit.clip, or precision fp32"
     )
-
-
-class _Interrupts:
-    """Notes SIGTERM, SIGINT and SIGUSR2 instead of dying of them; a second SIGINT interrupts as usual.
-
-    Signals reach the main thread only; elsewhere this does nothing.
-    """
-
-    def __init__(self):
-        self.seen: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGINT", "SIGUSR2"):
-                if hasattr(signal, name):  # Windows has no SIGUSR2
-                    number = getattr(signal, name)
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number in list(self._before):
-            self._restore(number)
-
-    def _note(self, number: int, _: object) -> None:
-        self.seen = signal.Signals(number).name
-        if number == signal.SIGINT:
-            self._restore(number)
-
-    def _restore(self, number: int) -> None:
-        handler = self._before.pop(number)
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gigatome.blob.store import write_atomic
+from gigatome.core.errors import RunError
 
 
 class Meter:
@@ -92,11 +93,14 @@ class MetricsFile:
             write_atomic(path, whole)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line."""
+        """Appends a line; raises :class:`RunError` if it cannot be written."""
         self.last = dict(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(self.last) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(self.last) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error}); the checkpoints stand") from error
 
 
 def _step_of(line: str) -> float:
