@@ -132,7 +132,21 @@ def test_credentials_that_expire_and_answers_that_are_short(server):
         open_blob(f"{server.url}/a.bin")
 
 
+def test_a_server_that_fails_for_a_while_and_one_that_is_gone(server):
+    blob = open_blob(f"{server.url}/a.bin")
+    server.faults["a.bin"] = 503
+    timer = threading.Timer(0.15, server.faults.clear)
+    timer.start()
+    assert blob.read(200_000, 10) == DATA[200_000:200_010]
+    timer.join()
+    with serve({}) as stopped:
+        url = stopped.url
+    with pytest.raises(StoreError, match="cannot be reached"):
+        open_blob(f"{url}/a.bin")
+
+
 def test_redact():
+    assert redact("abfss://box@account.dfs.core.windows.net/a.svs") == "abfss://box@account.dfs.core.windows.net/a.svs"
     assert redact("https://user:pw@host:80/a/b.svs?sig=1#x") == "https://host:80/a/b.svs"
     assert redact("/data/a?b.svs") == "/data/a?b.svs"
 

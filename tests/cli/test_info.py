@@ -4,11 +4,11 @@ import json
 
 import pytest
 import typer
-from tiff_files import aperio_pages, picture, raw_page, write_tiff
 from typer.testing import CliRunner
 
 from gigatome.cli.info import info
 from gigatome.core.errors import NotASlideError
+from tiff_files import aperio_pages, picture, raw_page, write_tiff
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_index_equals_tifffile(tmp_path, order, big):
             assert page.jpeg_tables == (other.jpegtables or b"")
             if page.tiled:
                 index = ours.chunks(page)
-                assert index.offsets.dtype == index.counts.dtype == np.int64
+                assert index.offsets.dtype == index.counts.dtype == np.uint32
                 assert index.offsets.shape == (page.rows, page.columns)
                 assert tuple(index.offsets.ravel()) == other.dataoffsets
                 assert tuple(index.counts.ravel()) == other.databytecounts

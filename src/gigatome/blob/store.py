@@ -11,6 +11,7 @@ import glob
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, final
 from urllib.parse import unquote, urlsplit
@@ -27,6 +28,12 @@ _WEB = ("http", "https")
 _HEAD_BYTES = 1 << 16
 # Chunks that all but touch are fetched together; obstore's own default of 1 MiB fetches far more than a tile needs.
 _COALESCE_BYTES = 4096
+# Server errors and lost connections are tried again this often; a server that is gone is given up on in a second.
+_RETRY: Any = {
+    "max_retries": 5,
+    "retry_timeout": timedelta(seconds=60),
+    "backoff": {"init_backoff": timedelta(milliseconds=50), "max_backoff": timedelta(seconds=1), "base": 2},
+}
 
 
 class Blob(Protocol):
@@ -86,7 +93,9 @@ def redact(uri: str | os.PathLike[str]) -> str:
     if not is_remote(text):
         return text
     parts = urlsplit(text)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    # abfss://container@account… is no user: only web addresses carry one.
+    host = parts.netloc.rpartition("@")[2] if parts.scheme in _WEB else parts.netloc
+    return f"{parts.scheme}://{host}{parts.path}"
 
 
 def list_uris(prefix: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[str]:
@@ -270,7 +279,7 @@ def _store_of(uri: str) -> tuple[Any, str]:
     if parts.scheme in _WEB and parts.query:
         root += f"/?{parts.query}"
     options: dict[str, Any] = {"client_options": {"allow_http": True}} if parts.scheme == "http" else {}
-    store = _guarded(redact(uri), lambda: obstore.store.from_url(root, **options))
+    store = _guarded(redact(uri), lambda: obstore.store.from_url(root, retry_config=_RETRY, **options))
     return store, unquote(parts.path).lstrip("/")
 
 
@@ -301,7 +310,7 @@ def _guarded(uri: str, request: Callable[[], T]) -> T:
     except obstore.exceptions.NotSupportedError:
         reason = "the server does not serve byte ranges; copy the file to a disk or a bucket"
     except (obstore.exceptions.BaseError, OSError, ValueError, TypeError) as error:
-        reason = f"the store did not answer as expected ({type(error).__name__})"
+        reason = f"the store cannot be reached or did not answer as expected ({type(error).__name__})"
     # Not chained: the original text holds the whole URL, and so a signature.
     raise StoreError(f"{uri}: {reason}") from None
 

@@ -48,9 +48,9 @@ class SyntheticCohort:
         slide: what the slides are like.
     """
 
-    patients: int = 32
+    patients: int = 40
     slides_per_patient: tuple[int, int] = (1, 2)
-    slide: SyntheticOptions = field(default_factory=lambda: SyntheticOptions(width=2048, height=2048))
+    slide: SyntheticOptions = field(default_factory=lambda: SyntheticOptions(width=1536, height=1536))
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ def _training(result: MainJob) -> Section:
     recipe = result.run.recipe
     lines = (result.run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    with TileStream(result.cohort, recipe.tiles, batch_size=_CONTACT_SHEET, seed=recipe.fit.seed) as stream:
+    with TileStream(
+        result.cohort, recipe.tiles, batch_size=_CONTACT_SHEET, seed=recipe.fit.seed, job=result.job
+    ) as stream:
         batch = next(stream.batches())
     sheet = Picture(
         _contact_sheet(batch.images),

@@ -109,8 +109,8 @@ class ChunkIndex:
     """Where the chunks of a page lie.
 
     Attributes:
-        offsets: int64 [rows, columns], in bytes from the start of the file.
-        counts: int64 [rows, columns], bytes; 0 for a chunk that the file leaves out.
+        offsets: uint32 or, for a large file, uint64 [rows, columns], in bytes from the start of the file.
+        counts: uint32 [rows, columns], bytes; 0 for a chunk that the file leaves out.
     """
 
     offsets: np.ndarray
@@ -173,8 +173,9 @@ class TiffFile:
             for data, entry in zip(raw, entries, strict=True)
         ]
         self._check_chunks(page, *arrays)
-        offsets, counts = (np.ascontiguousarray(array, dtype=np.int64) for array in arrays)
-        return ChunkIndex(offsets, counts)
+        # Small types: thousands of slides may be open at once.
+        offset_type = np.uint32 if self._blob.size < 1 << 32 else np.uint64
+        return ChunkIndex(arrays[0].astype(offset_type), arrays[1].astype(np.uint32))
 
     def _check_chunks(self, page: TiffPage, offsets: np.ndarray, counts: np.ndarray) -> None:
         size = np.uint64(self._blob.size)
