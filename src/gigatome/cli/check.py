@@ -41,7 +41,8 @@ def check(
         write_atomic(out / "check.csv", _csv(reports))
         cohort_page(out / "cohort.html", Path(slides.source).name, reports, _thumbnails(slides, reports))
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(report) for report in reports], indent=2, ensure_ascii=False))
+        plain = [dataclasses.asdict(report) | {"uri": redact(report.uri)} for report in reports]
+        typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
     else:
         _show(reports)
     if not any(report.usable for report in reports):

@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from gigatome.cli.options import SlideMpp, cohort_of
 from gigatome.cli.progress import progress_bar
 
 
@@ -16,6 +17,7 @@ def demo(
     target: str | None = typer.Option(None, help="Label column to predict; may be left out if there is only one."),
     recipe: str = typer.Option("demo/dino_vit_mini", help="What to train."),
     assignments: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Change a value of the recipe."),
+    slide_mpp: SlideMpp = None,
     folds: int = typer.Option(5, min=2, help="Patient-grouped folds of the evaluation."),
 ) -> None:
     """Do the main job: a cohort, training, embeddings, scores, heat-maps and one HTML report.
@@ -27,8 +29,9 @@ def demo(
     from gigatome.recipes.schema import load_recipe
 
     loaded = load_recipe(recipe, assignments)
+    cohort = cohort_of(slides, slide_mpp, labels) if slides is not None else None
     with progress_bar() as progress:
-        result = run_main_job(loaded, out, slides=slides, labels=labels, target=target, folds=folds, progress=progress)
+        result = run_main_job(loaded, out, cohort=cohort, target=target, folds=folds, progress=progress)
         command = "gigatome " + " ".join(sys.argv[1:]) if sys.argv[0].endswith("gigatome") else "run_main_job"
         report = write_main_report(result, out / "report.html", command=command)
     console = Console(highlight=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from gigatome.cli.options import SlideMpp, cohort_of
 from gigatome.cli.progress import progress_bar
 
 
@@ -16,6 +17,7 @@ def embed(
     mpp: float = typer.Option(0.5, help="Resolution of the tiles in µm per pixel; 0.5 is 20×."),
     min_tissue: float = typer.Option(0.4, help="Least share of a tile that is tissue."),
     overlap: int = typer.Option(0, help="Overlap of neighbouring tiles in pixels."),
+    slide_mpp: SlideMpp = None,
     device: str = typer.Option("cpu", help="Where the encoder runs, such as cuda."),
     precision: str = typer.Option("fp32", help="fp32, bf16 or fp16."),
     batch_size: int = typer.Option(64, help="Tiles that the encoder sees at once."),
@@ -30,7 +32,7 @@ def embed(
 
     with progress_bar() as progress:
         store = run_embed(
-            slides,
+            cohort_of(slides, slide_mpp),
             encoder=encoder,
             out=out,
             tile_size=tile_size,

@@ -8,7 +8,7 @@ from gigatome.cli.progress import progress_bar
 
 def heatmap(
     slide: str = typer.Argument(help="Path or URI of a slide."),
-    model: str = typer.Option(..., "--model", help="Run folder, encoder folder, or FILE?model=NAME."),
+    model: str = typer.Option(..., "--model", help="Run folder, encoder folder, FILE?model=NAME, or timm:NAME."),
     out: str = typer.Option(..., "--out", "-o", help="A .png, a .geojson for QuPath, or a folder."),
     mpp: float = typer.Option(0.5, help="µm per pixel of the tiles."),
     tile_size: int | None = typer.Option(None, help="px of a tile; by default what the encoder was made for."),
@@ -18,20 +18,17 @@ def heatmap(
     ),
     shifts: int = typer.Option(2, help="Passes along each axis that are averaged; 1 is fast and shows seams."),
     head: int | None = typer.Option(None, help="Draw one attention head instead of the mean of all."),
-    slide_mpp: float | None = typer.Option(None, help="µm per level-0 pixel, for a slide that does not state it."),
+    slide_mpp: float | None = typer.Option(None, help="µm per level-0 pixel, if the file states none or a wrong one."),
     device: str = typer.Option("cpu", help="Where the encoder runs, such as cuda."),
 ) -> None:
     """Show where an encoder looks on a slide."""
     from gigatome import config
-    from gigatome.core.errors import MissingMppError
     from gigatome.heatmaps.attention import AttentionOptions
     from gigatome.heatmaps.render import OverlayOptions
     from gigatome.heatmaps.run import heatmap as make_heatmap
     from gigatome.slides.slide import open_slide
 
     with progress_bar() as progress, open_slide(slide, mpp=slide_mpp) as opened:
-        if not opened.has_mpp:
-            raise MissingMppError(opened.name, "states no resolution; give its µm per pixel with --slide-mpp")
         make_heatmap(
             opened,
             model,

@@ -13,13 +13,13 @@ from gigatome.slides.slide import Slide, open_slide
 
 def info(
     slide: Annotated[str, typer.Argument(help="Path or URI of a slide.")],
-    mpp: Annotated[
+    slide_mpp: Annotated[
         float | None, typer.Option(help="µm per level-0 pixel, if the file states none or a wrong one.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Levels, size, exact mpp, vendor, reader, chunk size and compression of a slide."""
-    with open_slide(slide, mpp=mpp) as opened:
+    with open_slide(slide, mpp=slide_mpp) as opened:
         facts = describe(opened)
     console = Console(markup=False)
     if as_json:

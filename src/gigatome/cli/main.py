@@ -1,6 +1,7 @@
 """The ``gigatome`` command: wires one file a command group, and turns errors into exit codes.
 
-Exit codes: 0 done, 1 error, 2 wrong usage, 3 finished with some slides skipped (listed in ``failures.csv``).
+Exit codes: 0 done, 1 error, 2 wrong usage, 3 finished with some slides skipped (listed in ``failures.csv``), 130
+interrupted.
 """
 
 import logging
@@ -52,7 +53,9 @@ def main() -> None:
         Console(stderr=True).print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted; run the same command again to go on.", highlight=False)
+        Console(stderr=True).print(
+            "Interrupted; run the same command again to go on (train: with --resume).", highlight=False
+        )
         sys.exit(130)
 
 

@@ -7,8 +7,9 @@ import typer
 from rich.console import Console
 
 from gigatome import config
+from gigatome.cli.options import SlideMpp, cohort_of
 from gigatome.cli.progress import progress_bar
-from gigatome.cli.tissue import cohort_of, finish, segment_options
+from gigatome.cli.tissue import finish, segment_options
 from gigatome.core.job import Job
 from gigatome.tiles.grid import GridOptions, tile_cohort
 from gigatome.tiles.images import save_images
@@ -24,9 +25,7 @@ def tile(
     images: Annotated[
         bool, typer.Option("--save-images", help="Also write each tile as PNG; gigatome itself needs none.")
     ] = False,
-    slide_mpp: Annotated[
-        float | None, typer.Option(help="µm per level-0 pixel of slides for which the CSV states none.")
-    ] = None,
+    slide_mpp: SlideMpp = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the segmentation, such as stain=0.03."),

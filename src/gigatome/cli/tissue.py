@@ -1,6 +1,5 @@
 """``gigatome tissue``: outlines the tissue of every slide."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,19 +7,17 @@ import typer
 from rich.console import Console
 
 from gigatome import config
+from gigatome.cli.options import SlideMpp, cohort_of
 from gigatome.cli.progress import progress_bar
 from gigatome.core.job import Job
 from gigatome.core.logs import Failure, write_failures
-from gigatome.slides.cohort import Cohort
 from gigatome.tissue.segment import SegmentOptions, segment_cohort
 
 
 def tissue(
     slides: Annotated[str, typer.Argument(help="A slide, a folder, a glob, a bucket prefix or a CSV.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Job directory; the same one goes on where it stopped.")],
-    slide_mpp: Annotated[
-        float | None, typer.Option(help="µm per level-0 pixel of slides for which the CSV states none.")
-    ] = None,
+    slide_mpp: SlideMpp = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the segmentation, such as stain=0.03."),
@@ -48,18 +45,12 @@ def tissue(
     finish(job, failures, usable=len(masks))
 
 
-def cohort_of(slides: str, slide_mpp: float | None) -> Cohort:
-    """The cohort, with the resolution given for those slides for which its table states none."""
-    cohort = Cohort.read(slides)
-    if slide_mpp is None:
-        return cohort
-    return replace(cohort, slides=tuple(s if s.mpp is not None else replace(s, mpp=slide_mpp) for s in cohort))
-
-
-def segment_options(assignments: list[str] | None) -> SegmentOptions:
-    """Options of the segmentation with ``--set`` applied."""
+def segment_options(assignments: list[str] | None) -> SegmentOptions | None:
+    """Options of the segmentation with ``--set`` applied; None, which takes what is there, without any."""
+    if not assignments:
+        return None
     values: dict[str, Any] = {}
-    for assignment in assignments or ():
+    for assignment in assignments:
         config.assign(values, assignment)
     return config.parse(SegmentOptions, values, source="--set")
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gigatome.core.errors import ConfigError
+from gigatome.encoders.device import usable_device
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import encoder_digest, encoder_name
 
@@ -84,10 +85,7 @@ def ready(model: nn.Module, device: str) -> Iterator[None]:
     """
     training = model.training
     home = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
-    try:
-        model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device} cannot be used ({str(error).splitlines()[0]}); try device cpu") from error
+    model.to(usable_device(device)).eval()
     try:
         yield
     finally:

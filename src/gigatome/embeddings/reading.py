@@ -43,7 +43,7 @@ class SlideTiles:
             return None
         x, y = (int(value) for value in self._grid.coords[index])
         try:
-            return self._open().read_tile(x, y, self._grid.tile_size, self._grid.mpp)
+            return self._open().read_tile(x, y, self._grid.tile_size, self._grid.mpp, exact=False)
         except Exception as error:  # whatever a decoder raises, the other slides go on
             log.warning("%s: tile at (%d, %d) cannot be read: %s", self._source.name, x, y, error)
             self.error = error

@@ -170,12 +170,12 @@ class EvaluationResult:
         return _plain(plain)
 
     def save(self, path: str | Path) -> None:
-        """Writes ``path`` as JSON, and the predictions beside it under the same name with ``.csv``.
+        """Writes ``path``, with the ending ``.json``, and beside it the predictions, with ``.csv``.
 
         Raises:
             StoreError: a file cannot be written.
         """
-        path = Path(path)
+        path = Path(path).with_suffix(".json")
         write_atomic(path.with_suffix(".csv"), self._predictions_csv())
         write_atomic(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 

@@ -249,7 +249,9 @@ def _read(slide: Slide, coords: np.ndarray, grid: TileGrid, options: AttentionOp
         try:
             for start in range(0, len(coords), options.batch_size):
                 batch = coords[start : start + options.batch_size].tolist()
-                pending.append([pool.submit(slide.read_tile, x, y, grid.tile_size, grid.mpp) for x, y in batch])
+                pending.append(
+                    [pool.submit(slide.read_tile, x, y, grid.tile_size, grid.mpp, exact=False) for x, y in batch]
+                )
                 if len(pending) > 2:
                     yield np.stack([tile.result() for tile in pending.popleft()])
             while pending:

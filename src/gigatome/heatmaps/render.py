@@ -99,7 +99,7 @@ def write_overlay(
     if box is None:
         box, image = Box(0, 0, slide.width, slide.height), slide.thumbnail(max_side)
     else:
-        image = slide.read(box, mpp=slide.mpp * max(1.0, max(box.width, box.height) / max_side))
+        image = slide.read(box, mpp=slide.mpp * max(1.0, max(box.width, box.height) / max_side), exact=False)
     picture = Image.fromarray(overlay(image, box, heat, options))
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG", optimize=True)

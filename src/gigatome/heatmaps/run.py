@@ -6,12 +6,14 @@ from pathlib import Path
 from gigatome import config
 from gigatome.core.errors import ConfigError
 from gigatome.core.logs import Progress, silent
+from gigatome.encoders.device import usable_device
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
 from gigatome.heatmaps.attention import AttentionOptions, HeatMap, attention_map
 from gigatome.heatmaps.render import OverlayOptions, write_geojson, write_overlay
 from gigatome.slides.slide import Slide, open_slide
 from gigatome.tiles.grid import GridOptions, make_grid
+from gigatome.tissue.mask import TissueMask
 from gigatome.tissue.segment import segment
 
 
@@ -23,6 +25,7 @@ def heatmap(
     tile_size: int | None = None,
     mpp: float = 0.5,
     geojson: bool = False,
+    mask: TissueMask | None = None,
     patches_per_object: int = 4,
     attention: AttentionOptions | None = None,
     overlay: OverlayOptions | None = None,
@@ -39,6 +42,7 @@ def heatmap(
         tile_size: px of a tile; the size that the encoder was made for by default.
         mpp: µm per pixel of the tiles; best one that the encoder was trained at.
         geojson: whether a folder gets the objects too.
+        mask: its tissue; found here if not given.
         patches_per_object: side of an object in patches; attention is averaged over it.
         attention: how the map is made.
         overlay: how the picture is drawn.
@@ -50,29 +54,31 @@ def heatmap(
         at (0, 0).
 
     Raises:
-        ConfigError: ``out`` is another kind of file, or the tile size or the channel does not suit the encoder.
+        ConfigError: ``geojson`` with a single file; the device cannot be used; the tile size or the channel does not
+            suit the encoder.
         SlideError: the slide cannot be read, states no mpp or has no tissue.
         StoreError: the encoder cannot be found or read.
         RunError: the folder holds no encoder.
     """
     out = Path(out)
-    if out.suffix not in ("", ".png", ".geojson"):
-        raise ConfigError(f"{out}: a heat-map is a .png, a .geojson, or a folder for both")
-    encoder = load_encoder(model).to(device)
+    folder = out.suffix not in (".png", ".geojson")
+    if geojson and not folder:
+        raise ConfigError(f"{out}: give a folder to have both the picture and the objects for QuPath")
+    encoder = load_encoder(model).to(usable_device(device))
     overlay = overlay or OverlayOptions()
     if overlay.channel is not None and not 0 <= overlay.channel < encoder.heads:
         raise ConfigError(f"{encoder.name} has attention heads 0 to {encoder.heads - 1}, not {overlay.channel}")
     size = encoder.config.image_size if tile_size is None else tile_size
     options = config.parse(GridOptions, {"tile_size": size, "mpp": mpp}, source="heat-map")
     with contextlib.nullcontext(slide) if isinstance(slide, Slide) else open_slide(slide) as opened:
-        mask = segment(opened)
+        mask = segment(opened) if mask is None else mask
         grid = make_grid(opened, mask, options)
         heat = attention_map(opened, encoder, grid, attention or AttentionOptions(), progress=progress).within(mask)
         if out.suffix != ".geojson":
-            write_overlay(out if out.suffix else out / f"{opened.name}.png", opened, heat, overlay)
-        if out.suffix == ".geojson" or (geojson and not out.suffix):
+            write_overlay(out / f"{opened.name}.png" if folder else out, opened, heat, overlay)
+        if out.suffix == ".geojson" or geojson:
             write_geojson(
-                out if out.suffix else out / f"{opened.name}.geojson",
+                out / f"{opened.name}.geojson" if folder else out,
                 heat,
                 slide=opened.name,
                 cell=patches_per_object * heat.cell,

@@ -33,6 +33,7 @@ from gigatome.slides.check import SlideReport, check_cohort
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.slides.synthetic import SyntheticOptions, make_cohort
 from gigatome.tiles.grid import read_grid
+from gigatome.tissue.mask import TissueMask
 
 HEADS = ("linear", "knn")
 """Heads that the job evaluates; the first one decides."""
@@ -112,8 +113,7 @@ def run_main_job(
     recipe: Recipe,
     out: str | Path,
     *,
-    slides: str | Path | None = None,
-    labels: str | Path | None = None,
+    cohort: Cohort | str | Path | None = None,
     target: str | None = None,
     folds: int = 5,
     synthetic: SyntheticCohort | None = None,
@@ -127,8 +127,7 @@ def run_main_job(
     Args:
         recipe: what to train; embeddings are made at its tile size and its first resolution.
         out: folder for everything; an unfinished job in it is gone on with.
-        slides: what :meth:`Cohort.read` takes; None for a synthetic cohort.
-        labels: table of labels, if ``slides`` holds none.
+        cohort: slides with labels, or what :meth:`Cohort.read` takes; None for a synthetic cohort.
         target: label column; may be left out when there is only one.
         folds: patient-grouped folds. Where a class has too few patients for folds of slides, tiles are classified
             instead, leaving out one patient at a time.
@@ -142,7 +141,9 @@ def run_main_job(
     """
     out, clock = Path(out), _Clock()
     with clock("cohort"):
-        cohort = _cohort(out, slides, labels, synthetic or SyntheticCohort(), progress)
+        if cohort is None:
+            cohort = _make_cohort(out / "cohort", synthetic or SyntheticCohort(), progress)
+        cohort = Cohort.read(cohort)
         target = target or _only_label(cohort)
         design = _design(cohort, target, folds)
     with clock("check"):
@@ -202,16 +203,12 @@ class _Clock:
         self.seconds[stage] = time.perf_counter() - begin
 
 
-def _cohort(
-    out: Path, slides: str | Path | None, labels: str | Path | None, synthetic: SyntheticCohort, progress: Progress
-) -> Cohort:
-    if slides is not None:
-        return Cohort.read(slides, labels=labels)
+def _make_cohort(folder: Path, options: SyntheticCohort, progress: Progress) -> Cohort:
     return make_cohort(
-        out / "cohort",
-        patients=synthetic.patients,
-        slides_per_patient=synthetic.slides_per_patient,
-        options=synthetic.slide,
+        folder,
+        patients=options.patients,
+        slides_per_patient=options.slides_per_patient,
+        options=options.slide,
         progress=progress,
     )
 
@@ -293,6 +290,7 @@ def _look(
 ) -> tuple[Look, ...]:
     """Heat-maps of one slide of each class, at most four: the one that the probe is most sure of, and right."""
     looks = []
+    job = Job(store.job)
     encoder, tiles, two = run.encoder, run.recipe.tiles, len(result.classes) == 2
     for index, label in enumerate(result.classes[:4]):
         name = _surest(result, index)
@@ -308,6 +306,7 @@ def _look(
                 tile_size=tiles.tile_size,
                 mpp=tiles.mpp[0],
                 geojson=True,
+                mask=TissueMask.read(job.tissue(name)),
                 device=run.recipe.fit.device,
             )
             tile_values = tile_map(read_grid(store.tiles.coords(name)), values, channels=("probability",))

@@ -10,6 +10,7 @@ from gigatome.blob.store import write_atomic
 from gigatome.core.errors import RunError
 from gigatome.core.job import Job
 from gigatome.core.logs import Failure, Progress, silent, write_failures
+from gigatome.encoders.device import usable_device
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
 from gigatome.recipes.schema import Recipe
@@ -70,12 +71,14 @@ def train(
         CohortError: no slide of the cohort can be used.
     """
     cohort, out = Cohort.read(data), Path(out)
+    usable_device(recipe.fit.device)
+    method = build_method(recipe)
     _claim(out, recipe, cohort, resume)
     masks, failures = segment_cohort(cohort, Job(Path(job) if job else out), progress=progress)
-    write_failures(out / "failures.csv", failures)
     stream = TileStream(cohort, recipe.tiles, batch_size=recipe.fit.batch_size, seed=recipe.fit.seed, masks=masks)
-    method = build_method(recipe)
     result = fit(method, stream, recipe.fit, out, resume=resume, identity=recipe.identity(), progress=progress)
+    failures = [*failures, *stream.failures]
+    write_failures(out / "failures.csv", failures)
     return Run(out, recipe, result.step, not result.preempted, tuple(failures))
 
 
@@ -99,7 +102,8 @@ def plan(recipe: Recipe, data: Cohort | str | Path) -> dict[str, object]:
 
 def build_method(recipe: Recipe) -> Dino:
     """The method that a recipe trains, with its initial weights."""
-    return Dino(recipe.encoder, recipe.dino, seed=recipe.fit.seed, mpp=recipe.tiles.mpp)
+    name = recipe.name.replace("/", "-") or None
+    return Dino(recipe.encoder, recipe.dino, seed=recipe.fit.seed, name=name, mpp=recipe.tiles.mpp)
 
 
 def _claim(out: Path, recipe: Recipe, cohort: Cohort, resume: bool) -> None:
@@ -113,7 +117,7 @@ def _claim(out: Path, recipe: Recipe, cohort: Cohort, resume: bool) -> None:
                            "choose another folder, or the recipe in its recipe.yaml")  # fmt: skip
         if theirs["cohort"] != mine["cohort"]:
             raise RunError(f"{out} holds a run on other slides; choose another folder, or its cohort")
-        if not resume:
+        if not resume and ((out / "checkpoints").exists() or (out / "metrics.jsonl").exists()):
             raise RunError(f"{out} holds this run already; pass --resume to go on with it, or choose another folder")
         return
     if out.is_dir() and (out / "checkpoints").exists():
@@ -124,9 +128,8 @@ def _claim(out: Path, recipe: Recipe, cohort: Cohort, resume: bool) -> None:
 
 def _differences(out: Path, recipe: Recipe) -> list[str]:
     theirs = _flat(config.read_yaml(out / "recipe.yaml"))
-    mine = _flat(config.to_dict(recipe))
-    skip = ("name", "command", "hardware", "hours", "paper", "table", "status")
-    keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k) and k not in skip]
+    mine = _flat(recipe.decisive())
+    keys = [key for key in mine if mine[key] != theirs.get(key)]
     return [f"{key} is {theirs.get(key)} there and {mine.get(key)} here" for key in keys[:3]]
 
 

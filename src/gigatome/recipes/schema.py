@@ -69,6 +69,10 @@ class Recipe:
 
     def identity(self) -> str:
         """Hash of what decides the trained weights; a run folder is resumed only by the recipe that began it."""
+        return config.digest(self.decisive())
+
+    def decisive(self) -> dict[str, Any]:
+        """The values that decide the trained weights, as plain nested mappings."""
         parts = {
             key: config.to_dict(getattr(self, key)) for key in ("method", "level", "encoder", "tiles", "dino", "fit")
         }
@@ -76,7 +80,7 @@ class Recipe:
             parts["tiles"].pop(key)
         for key in ("save_every", "log_every", "keep", "device"):
             parts["fit"].pop(key)
-        return config.digest(parts)
+        return parts
 
 
 def load_recipe(source: str | Path, assignments: Sequence[str] = ()) -> Recipe:

@@ -93,8 +93,8 @@ class Slide:
         if self._mpp is None:
             raise MissingMppError(
                 self._label,
-                "states no resolution; give its µm per pixel with --mpp, with open_slide(…, mpp=0.5), "
-                "or in a column mpp of the cohort's CSV",
+                "states no resolution; give its µm per level-0 pixel with --slide-mpp, in a column mpp of the cohort's "
+                "table, or with open_slide(…, mpp=0.5)",
             )
         return self._mpp
 

@@ -63,7 +63,7 @@ def _finish(tasks: list) -> None:
 
 def _save(slide: Slide, grid: TileGrid, index: int, path: Path) -> None:
     x, y = grid.coords[index].tolist()
-    image = slide.read_tile(x, y, grid.tile_size, grid.mpp)
+    image = slide.read_tile(x, y, grid.tile_size, grid.mpp, exact=False)
     encoded, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     if not encoded:
         raise OSError(f"{path}: the tile could not be encoded")

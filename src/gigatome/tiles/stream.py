@@ -233,7 +233,9 @@ class TileStream:
             opened = None
             try:
                 with self._open.use(slide) as opened:
-                    return opened.read_tile(request.x, request.y, self.options.tile_size, request.mpp), request
+                    return opened.read_tile(
+                        request.x, request.y, self.options.tile_size, request.mpp, exact=False
+                    ), request
             except (GigatomeError, OSError) as error:
                 self._record(slide, error, unopenable=opened is None)
         raise CohortError(f"{self.cohort.source}: no slide can be read any more; {_last(self.failures)}")

@@ -93,12 +93,12 @@ def segment_cohort(
     """Finds the tissue of every slide; slides that were done before are read back.
 
     Writes ``thumbnails/``, ``contours_geojson/`` and ``contours/`` of the job directory, in TRIDENT's layout. Outlines
-    already there are kept, whoever made them, unless they are gigatome's own by other options.
+    already there are kept, whoever made them, unless options are given and they are gigatome's own by others.
 
     Args:
         cohort: the slides, or what :meth:`~gigatome.slides.cohort.Cohort.read` takes.
         job: where to keep the outlines; None to keep nothing.
-        options: of the segmentation.
+        options: of the segmentation; None takes the outlines that are there, and the defaults where none are.
         threads: slides worked on at a time.
         progress: called after each slide with stage ``"tissue"``.
 
@@ -109,7 +109,6 @@ def segment_cohort(
         CohortError: the cohort is empty.
     """
     cohort = Cohort.read(cohort)
-    options = options or SegmentOptions()
     masks: dict[str, TissueMask] = {}
     failures: list[Failure] = []
     progress("tissue", 0, len(cohort))
@@ -129,7 +128,7 @@ def segment_cohort(
     return masks, failures
 
 
-def _segment_one(entry: CohortSlide, job: Job | None, options: SegmentOptions) -> TissueMask:
+def _segment_one(entry: CohortSlide, job: Job | None, options: SegmentOptions | None) -> TissueMask:
     known = _known(entry, job, options)
     if known is not None:
         return known
@@ -140,7 +139,7 @@ def _segment_one(entry: CohortSlide, job: Job | None, options: SegmentOptions) -
     return mask
 
 
-def _known(entry: CohortSlide, job: Job | None, options: SegmentOptions) -> TissueMask | None:
+def _known(entry: CohortSlide, job: Job | None, options: SegmentOptions | None) -> TissueMask | None:
     """Outlines that are in the job directory already; None if there are none or they were made otherwise."""
     if job is None or not job.tissue(entry.name).is_file():
         return None
@@ -150,7 +149,7 @@ def _known(entry: CohortSlide, job: Job | None, options: SegmentOptions) -> Tiss
     except StoreError:
         with entry.open() as slide:  # outlines of another tool do not state the slide's size
             mask = TissueMask.read(path, width=slide.width, height=slide.height)
-    if mask.note.get("options") not in (None, config.digest(options)):
+    if options is not None and mask.note.get("options") not in (None, config.digest(options)):
         log.info("%s: tissue was found with other options; it is searched again", entry.name)
         return None
     if not mask.polygons:
@@ -194,7 +193,7 @@ def _picture(slide: Slide, step: float) -> NDArray[np.uint8]:
     for top, rows in _blocks(height, side):
         for left, columns in _blocks(width, side):
             box = Box(round(left * step), round(top * step), max(1, round(columns * step)), max(1, round(rows * step)))
-            block = slide.read(box, mpp=step * slide.mpp)
+            block = slide.read(box, mpp=step * slide.mpp, exact=False)
             if block.shape[:2] != (rows, columns):
                 block = cv2.resize(block, (columns, rows), interpolation=cv2.INTER_AREA)
             picture[top : top + rows, left : left + columns] = block
