@@ -27,14 +27,14 @@ def test_json(tmp_path, run):
     assert facts["levels"][1]["mpp"] == 1.0
     assert facts["levels"][0]["chunk_width"] == 64
     assert facts["properties"]["aperio.AppMag"] == "40"
-    assert json.loads(run(path, "--json", "--mpp", "0.3").stdout)["mpp"] == 0.3
+    assert json.loads(run(path, "--json", "--slide-mpp", "0.3").stdout)["mpp"] == 0.3
 
 
 def test_table_tells_what_is_missing_and_prints_brackets_as_they_are(tmp_path, run):
     tags = {"t305": (2, "writer [bold]1[/bold]")}
     result = run(write_tiff(tmp_path / "a.tif", [raw_page(picture(100, 80), 64, **tags)]))
     assert result.exit_code == 0
-    assert "--mpp" in result.stdout
+    assert "--slide-mpp" in result.stdout
     assert "64 × 64" in result.stdout
     assert "[bold]1[/bold]" in result.stdout
 

@@ -34,7 +34,7 @@ class PlaceSlide:
     mpp = 0.25
     uri = "place.svs"
 
-    def read_tile(self, x, y, tile_size, mpp):
+    def read_tile(self, x, y, tile_size, mpp, *, exact=True):
         places = (np.arange(tile_size) + 0.5) * mpp / self.mpp
         tile = np.zeros((tile_size, tile_size, 3), np.uint8)
         tile[..., 0] = np.rint((x + places) / 8)[None, :]
@@ -145,7 +145,7 @@ def test_real_encoder_and_progress():
 
 def test_a_tile_that_cannot_be_read():
     class Damaged(PlaceSlide):
-        def read_tile(self, x, y, tile_size, mpp):
+        def read_tile(self, x, y, tile_size, mpp, *, exact=True):
             if x > 300:
                 raise DamagedSlideError("a.svs", "chunk 7 is damaged")
             return super().read_tile(x, y, tile_size, mpp)

@@ -61,7 +61,7 @@ def test_folder_gets_picture_and_objects(tmp_path, slide, run):
 
 
 def test_suffix_decides_what_is_written(tmp_path, slide, run):
-    heatmap(slide, run, tmp_path / "a.png", attention=AttentionOptions(shifts=1), geojson=True)
+    heatmap(slide, run, tmp_path / "a.png", attention=AttentionOptions(shifts=1))
     heatmap(slide, run, tmp_path / "b.geojson", attention=AttentionOptions(shifts=1), patches_per_object=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.geojson"]
 
@@ -99,7 +99,8 @@ def test_command(tmp_path, slide, run):
         (["--shifts", "0"], ConfigError, "at least 1"),
         (["--mpp", "16"], NoTissueError, "no tile has 40%"),
         (["--model", "nowhere"], StoreError, "no such encoder"),
-        (["-o", "out.svg"], ConfigError, r"a \.png, a \.geojson, or a folder"),
+        (["-o", "out.png", "--geojson"], ConfigError, "give a folder to have both"),
+        (["--device", "no-such-device"], ConfigError, "try device cpu"),
     ],
 )
 def test_command_with_what_does_not_suit(tmp_path, monkeypatch, slide, run, arguments, error, message):

@@ -78,7 +78,7 @@ class Recipe:
         }
         for key in ("threads", "prefetch", "open_slides"):
             parts["tiles"].pop(key)
-        for key in ("save_every", "log_every", "keep", "device"):
+        for key in ("save_every", "log_every", "evaluate_every", "keep", "device"):
             parts["fit"].pop(key)
         return parts
 
