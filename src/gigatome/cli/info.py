@@ -61,7 +61,7 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     summary.add_row("vendor", f"{facts['vendor']}, read by {facts['reader']}")
     summary.add_row("size", f"{facts['width']} × {facts['height']} px")
     if facts["mpp"] is None:
-        summary.add_row("mpp", "not stated; give it with --mpp or in a column mpp of the cohort's CSV")
+        summary.add_row("mpp", "not stated; give it with --slide-mpp or in a column mpp of the cohort's table")
     else:
         summary.add_row("mpp", f"{facts['mpp']!r} µm per pixel (about {facts['magnification']:.3g}×)")
         width, height = (facts[side] * facts["mpp"] / 1000 for side in ("width", "height"))
