@@ -279,7 +279,9 @@ def _store_of(uri: str) -> tuple[Any, str]:
     if parts.scheme in _WEB and parts.query:
         root += f"/?{parts.query}"
     options: dict[str, Any] = {"client_options": {"allow_http": True}} if parts.scheme == "http" else {}
-    store = _guarded(redact(uri), lambda: obstore.store.from_url(root, retry_config=_RETRY, **options))
+    # from_url would take an address of amazonaws.com for a bucket, and lose the signature in it
+    connect = obstore.store.HTTPStore.from_url if parts.scheme in _WEB else obstore.store.from_url
+    store = _guarded(redact(uri), lambda: connect(root, retry_config=_RETRY, **options))
     return store, unquote(parts.path).lstrip("/")
 
 
