@@ -148,6 +148,7 @@ def test_a_server_that_fails_for_a_while_and_one_that_is_gone(server):
 def test_redact():
     assert redact("abfss://box@account.dfs.core.windows.net/a.svs") == "abfss://box@account.dfs.core.windows.net/a.svs"
     assert redact("https://user:pw@host:80/a/b.svs?sig=1#x") == "https://host:80/a/b.svs"
+    assert redact("s3://key:secret@bucket/a.svs") == "s3://bucket/a.svs"
     assert redact("/data/a?b.svs") == "/data/a?b.svs"
 
 

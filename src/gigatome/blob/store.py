@@ -93,9 +93,9 @@ def redact(uri: str | os.PathLike[str]) -> str:
     if not is_remote(text):
         return text
     parts = urlsplit(text)
-    # abfss://container@account… is no user: only web addresses carry one.
-    host = parts.netloc.rpartition("@")[2] if parts.scheme in _WEB else parts.netloc
-    return f"{parts.scheme}://{host}{parts.path}"
+    before, _, host = parts.netloc.rpartition("@")
+    container = bool(before) and ":" not in before and parts.scheme not in _WEB  # abfss://container@account…
+    return f"{parts.scheme}://{parts.netloc if container else host}{parts.path}"
 
 
 def list_uris(prefix: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[str]:

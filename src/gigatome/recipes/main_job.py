@@ -237,7 +237,7 @@ def _design(cohort: Cohort, target: str, folds: int) -> _Design:
     if counts[least] >= 4:
         return _Design("slide", min(folds, counts[least]))
     log.info("%s: class %s has %d patients, so tiles are classified", target, least, counts[least])
-    return _Design("tile", "patient", tiles_per_slide=200)
+    return _Design("tile", "patient", tiles_per_slide=100)
 
 
 def _usable(cohort: Cohort, checks: list[SlideReport]) -> Cohort:

@@ -157,9 +157,15 @@ def _scores(result: MainJob) -> Section:
 
 def _protocol(best: EvaluationResult, result: MainJob) -> str:
     unit = "The mean embedding of a slide's tiles is" if best.level == "slide" else "Each tile is"
-    return (
+    text = (
         f"{unit} classified by {result.target}. A patient is never in both the training and the test part of a fold. "
         "The encoder saw the test slides, without labels, in its training; its random initialisation is the baseline."
+    )
+    if not best.split.startswith("leave one"):
+        return text
+    return text + (
+        " With one patient left out at a time, embeddings that know nothing score below the chance line, because the "
+        "patient left out is missing from its own class."
     )
 
 
