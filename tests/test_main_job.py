@@ -106,7 +106,7 @@ def test_a_run_folder_belongs_to_one_recipe_and_one_cohort(cohort, tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("slide,grade\nP001-1,a\n", "such column"),
+        ("slide,grade\nP001-1,a\n", "there is no label column .subtype. .label columns: grade."),
         ("slide,subtype\nP001-1,a\nP002-1,b\nP003-1,b\n", "class a has one patient"),
         ("slide,subtype\nP001-1,a\nP002-1,a\n", "at least two classes"),
     ],
@@ -125,6 +125,6 @@ def test_labels_that_cannot_be_evaluated_are_refused_before_training(cohort, tmp
             table,
             "--target",
             "subtype",
-            *changes(2),
+            *changes(3),
         )
     assert not (tmp_path / "out" / "run").exists()

@@ -38,7 +38,8 @@ def parse(kind: type[T], values: Mapping[str, Any], *, source: str = "configurat
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise ConfigError(f"{source}: {path}: {_sentence(first['msg'])} (got {first['input']!r})") from error
+        got = "" if isinstance(first["input"], Mapping) else f" (got {first['input']!r})"
+        raise ConfigError(f"{source}: {path}: {_sentence(first['msg'])}{got}") from error
 
 
 def load(kind: type[T], path: str | Path, assignments: Sequence[str] = ()) -> T:

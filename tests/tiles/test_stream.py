@@ -144,7 +144,7 @@ def test_closing_dropping_and_interrupting_end_the_threads(cohort, masks):
 def test_only_so_many_batches_are_read_ahead(cohort, masks, monkeypatch):
     seen = []
     real = Slide.read_tile
-    monkeypatch.setattr(Slide, "read_tile", lambda self, *a: seen.append(a) or real(self, *a))
+    monkeypatch.setattr(Slide, "read_tile", lambda self, *a, **k: seen.append(a) or real(self, *a, **k))
     batches = TileStream(cohort, OPTIONS, batch_size=8, seed=0, masks=masks, prefetch=3).batches()
     next(batches)
     batches.close()
@@ -154,10 +154,10 @@ def test_only_so_many_batches_are_read_ahead(cohort, masks, monkeypatch):
 def test_tiles_that_cannot_be_read_are_replaced_the_same_way_every_time(cohort, masks, monkeypatch, caplog):
     real = Slide.read_tile
 
-    def read(self, x, y, tile_size, mpp):
+    def read(self, x, y, tile_size, mpp, **options):
         if self.name == "s1" and x < 800:
             raise DamagedSlideError(self.uri, "a chunk is damaged")
-        return real(self, x, y, tile_size, mpp)
+        return real(self, x, y, tile_size, mpp, **options)
 
     healthy = take(TileStream(cohort, OPTIONS, batch_size=32, seed=0, masks=masks), 4)
     monkeypatch.setattr(Slide, "read_tile", read)

@@ -18,6 +18,7 @@ app = typer.Typer(
     name="gigatome",
     help="Learn from gigapixel whole-slide images where they lie.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
