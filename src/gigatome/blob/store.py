@@ -147,9 +147,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         try:
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, target)  # noqa: PTH105 - the rename is the point
-            _sync(target.parent)
+            sync(target.parent)
         except OSError as error:
             raise StoreError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
@@ -329,7 +329,8 @@ def _check_length(blob: Blob, data: Any, offset: int, length: int) -> bytes:
     return data
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the disk keep a file, or the names in a folder, before anything that relies on it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

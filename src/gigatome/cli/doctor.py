@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gigatome.core.version import __version__
+
 _PARTS = (
     # distribution, extra (None: always installed), what it gives
     ("simplejpeg", None, "decodes JPEG chunks"),
@@ -28,8 +30,8 @@ _PARTS = (
 def doctor() -> None:
     """Say what is installed, which devices there are, and what each missing part would give."""
     console = Console()
-    console.print(f"gigatome {importlib.metadata.version('gigatome')} · Python {platform.python_version()} · "
-                  f"{platform.system()} {platform.machine()} · {os.cpu_count()} cores", highlight=False)  # fmt: skip
+    machine = f"{platform.system()} {platform.machine()} · {os.cpu_count()} cores"
+    console.print(f"gigatome {__version__} · Python {platform.python_version()} · {machine}", highlight=False)
     table = Table("part", "version", "gives", box=None, pad_edge=False)
     missing: set[str] = set()
     for name, extra, gives in _PARTS:

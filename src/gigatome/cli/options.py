@@ -15,6 +15,12 @@ SlideMpp = Annotated[
     ),
 ]
 
+SegmentSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the segmentation, such as stain=0.03."),
+]
+SlideThreads = Annotated[int, typer.Option("--threads", min=1, help="Slides worked on at a time.")]
+
 
 def cohort_of(slides: str, slide_mpp: float | None, labels: str | Path | None = None) -> Cohort:
     """The cohort, with the resolution given for those slides for which its table states none."""

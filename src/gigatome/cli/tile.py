@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from gigatome import config
-from gigatome.cli.options import SlideMpp, cohort_of
+from gigatome.cli.options import SegmentSet, SlideMpp, SlideThreads, cohort_of
 from gigatome.cli.progress import progress_bar
 from gigatome.cli.tissue import finish, segment_options
 from gigatome.core.job import Job
@@ -26,11 +26,8 @@ def tile(
         bool, typer.Option("--save-images", help="Also write each tile as PNG; gigatome itself needs none.")
     ] = False,
     slide_mpp: SlideMpp = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the segmentation, such as stain=0.03."),
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Slides worked on at a time.")] = 2,
+    assignments: SegmentSet = None,
+    threads: SlideThreads = 2,
 ) -> None:
     """Lay a grid of tiles over the tissue of every slide; one .h5 a slide, as CLAM's and TRIDENT's users know it.
 

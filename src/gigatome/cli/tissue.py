@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from gigatome import config
-from gigatome.cli.options import SlideMpp, cohort_of
+from gigatome.cli.options import SegmentSet, SlideMpp, SlideThreads, cohort_of
 from gigatome.cli.progress import progress_bar
 from gigatome.core.job import Job
 from gigatome.core.logs import Failure, write_failures
@@ -18,11 +18,8 @@ def tissue(
     slides: Annotated[str, typer.Argument(help="A slide, a folder, a glob, a bucket prefix or a CSV.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Job directory; the same one goes on where it stopped.")],
     slide_mpp: SlideMpp = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the segmentation, such as stain=0.03."),
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Slides worked on at a time.")] = 2,
+    assignments: SegmentSet = None,
+    threads: SlideThreads = 2,
 ) -> None:
     """Outline the tissue of every slide, as GeoJSON for QuPath and TRIDENT and as a picture.
 

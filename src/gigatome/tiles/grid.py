@@ -7,10 +7,8 @@ for.
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, final
 
@@ -23,6 +21,8 @@ from gigatome.core.errors import NoTissueError, StoreError
 from gigatome.core.geometry import level0_length, magnification
 from gigatome.core.job import Job
 from gigatome.core.logs import Failure, Progress, log, silent
+from gigatome.core.version import __version__
+from gigatome.slides.batch import each_slide
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.slides.slide import Slide
 from gigatome.tissue.mask import OVERLAP_TOLERANCE, TissueMask
@@ -187,7 +187,7 @@ def coords_attributes(grid: TileGrid, name: str, folder: str) -> dict[str, Any]:
         "target_mpp": grid.mpp,
         "tissue_fraction_min": grid.min_tissue,
         "tissue_digest": grid.tissue,
-        "gigatome_version": _version(),
+        "gigatome_version": __version__,
     }
 
 
@@ -264,22 +264,14 @@ def tile_cohort(
     options = options or GridOptions()
     masks, failures = segment_cohort(cohort, job, options=segment_options, threads=threads, progress=progress)
     slides = [slide for slide in cohort if slide.name in masks]
-    grids: dict[str, TileGrid] = {}
-    progress("tiles", 0, len(slides))
-    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="tiles") as pool:
-        try:
-            tasks = [(s, pool.submit(_tile_one, s, masks[s.name], job, options)) for s in slides]
-            for done, (slide, task) in enumerate(tasks, start=1):
-                try:
-                    grids[slide.name] = task.result()
-                except Exception as error:  # one bad slide must not end a night's work
-                    log.warning("%s: %s", slide.name, error)
-                    failures.append(Failure.of(slide.name, "tiles", error))
-                progress("tiles", done, len(slides))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return grids, failures
+    grids, unusable = each_slide(
+        slides,
+        lambda slide: _tile_one(slide, masks[slide.name], job, options),
+        stage="tiles",
+        threads=threads,
+        progress=progress,
+    )
+    return grids, failures + unusable
 
 
 def _tile_one(entry: CohortSlide, mask: TissueMask, job: Job, options: GridOptions) -> TileGrid:
@@ -323,10 +315,3 @@ def _magnification(mpp: float) -> float | int:
     plain = 40.0 * 2.0 ** round(math.log2(exact / 40))
     value = plain if abs(plain - exact) < 0.01 * exact else exact
     return int(value) if value.is_integer() else value
-
-
-def _version() -> str:
-    try:
-        return version("gigatome")
-    except PackageNotFoundError:
-        return "unknown"

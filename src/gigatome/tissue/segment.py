@@ -6,7 +6,6 @@ its outlines become polygons in level-0 pixels.
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -21,6 +20,7 @@ from gigatome.core.errors import NoTissueError, StoreError
 from gigatome.core.geometry import Box
 from gigatome.core.job import Job
 from gigatome.core.logs import Failure, Progress, log, silent
+from gigatome.slides.batch import each_slide
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.slides.slide import Slide
 from gigatome.tissue.mask import TissueMask
@@ -109,23 +109,13 @@ def segment_cohort(
         CohortError: the cohort is empty.
     """
     cohort = Cohort.read(cohort)
-    masks: dict[str, TissueMask] = {}
-    failures: list[Failure] = []
-    progress("tissue", 0, len(cohort))
-    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="tissue") as pool:
-        try:
-            tasks = [(slide, pool.submit(_segment_one, slide, job, options)) for slide in cohort]
-            for done, (slide, task) in enumerate(tasks, start=1):
-                try:
-                    masks[slide.name] = task.result()
-                except Exception as error:  # one bad slide must not end a night's work
-                    log.warning("%s: %s", slide.name, error)
-                    failures.append(Failure.of(slide.name, "tissue", error))
-                progress("tissue", done, len(cohort))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return masks, failures
+    return each_slide(
+        cohort.slides,
+        lambda slide: _segment_one(slide, job, options),
+        stage="tissue",
+        threads=threads,
+        progress=progress,
+    )
 
 
 def _segment_one(entry: CohortSlide, job: Job | None, options: SegmentOptions | None) -> TissueMask:

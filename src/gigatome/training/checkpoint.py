@@ -9,12 +9,10 @@ import base64
 import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gigatome.blob.store import sync as _sync
 from gigatome.core.errors import RunError
 from gigatome.core.logs import log
+from gigatome.core.version import __version__
 
 _STATE = "state.json"
 _PREFIX = "step-"
@@ -93,7 +93,7 @@ def save_checkpoint(
             "step": step,
             "identity": identity,
             "torch": torch.__version__,
-            "gigatome": version("gigatome"),
+            "gigatome": __version__,
             "files": {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())},
             "random": random_state(),
         }
@@ -207,14 +207,6 @@ def _remove(path: Path) -> None:
 def _fingerprint(path: Path) -> tuple[int, str]:
     with path.open("rb") as handle:
         return path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _way_out(path: Path) -> str:
