@@ -12,6 +12,7 @@ import imagecodecs
 import numpy as np
 import simplejpeg
 
+from gigatome.slides.index import Coding
 from gigatome.slides.tiff import TiffPage
 
 NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE, APERIO_J2K_YCBCR, APERIO_J2K_RGB, J2K = 1, 5, 7, 8, 32946, 33003, 33005, 34712
@@ -55,36 +56,40 @@ class ChunkFormat:
     decode: Callable[[bytes], np.ndarray]
 
 
-def chunk_format(page: TiffPage) -> ChunkFormat | None:
-    """How to decode the chunks of ``page``; None if this module cannot, and another reader must."""
+def can_decode(page: TiffPage) -> bool:
+    """Whether :func:`chunk_format` knows how the chunks of ``page`` are compressed; else another reader must do it."""
     grey = page.samples == 1 and page.photometric == _GREY
-    supported = (
+    if not (
         page.tiled
         and page.compression in _NAMES
         and set(page.bits) == {8}
         and set(page.sample_format) == {1}
         and (grey or (page.samples == 3 and page.planar == 1 and page.photometric in (_RGB, _YCBCR)))
-    )
-    if not supported:
-        return None
-    shape = (page.chunk_height, page.chunk_width, page.samples)
-    decode = _decoder(page, shape)
-    if decode is None:
-        return None
-    return ChunkFormat(page.chunk_width, page.chunk_height, page.samples, _NAMES[page.compression], decode)
+    ):
+        return False
+    transformed = page.compression in (JPEG, APERIO_J2K_YCBCR, APERIO_J2K_RGB, J2K)
+    return transformed or (page.photometric != _YCBCR and page.predictor in (1, 2))
 
 
-def _decoder(page: TiffPage, shape: tuple[int, int, int]) -> Callable[[bytes], np.ndarray] | None:
-    if page.compression == JPEG:
-        prefix = jpeg_prefix(page.jpeg_tables, rgb=page.photometric == _RGB)
+def chunk_format(coding: Coding, width: int, height: int) -> ChunkFormat:
+    """How to decode chunks of ``width`` × ``height`` pixels, of a page that :func:`can_decode`.
+
+    Raises:
+        ChunkError: the JPEG tables common to all chunks are broken.
+    """
+    decode = _decoder(coding, (height, width, coding.samples))
+    return ChunkFormat(width, height, coding.samples, _NAMES[coding.compression], decode)
+
+
+def _decoder(coding: Coding, shape: tuple[int, int, int]) -> Callable[[bytes], np.ndarray]:
+    if coding.compression == JPEG:
+        prefix = jpeg_prefix(coding.tables, rgb=coding.photometric == _RGB)
         return lambda data: decode_jpeg(data, prefix, shape)
-    if page.compression in (APERIO_J2K_YCBCR, APERIO_J2K_RGB, J2K):
-        ycbcr = page.compression == APERIO_J2K_YCBCR or (page.compression == J2K and page.photometric == _YCBCR)
+    if coding.compression in (APERIO_J2K_YCBCR, APERIO_J2K_RGB, J2K):
+        ycbcr = coding.compression == APERIO_J2K_YCBCR or (coding.compression == J2K and coding.photometric == _YCBCR)
         return lambda data: decode_jpeg2000(data, shape, ycbcr=ycbcr)
-    if page.photometric == _YCBCR or page.predictor not in (1, 2):
-        return None
-    inflate = {NONE: _stored, LZW: _lzw, DEFLATE: _deflate, OLD_DEFLATE: _deflate}[page.compression]
-    return lambda data: _raw(inflate, data, shape, page.predictor == 2)
+    inflate = {NONE: _stored, LZW: _lzw, DEFLATE: _deflate, OLD_DEFLATE: _deflate}[coding.compression]
+    return lambda data: _raw(inflate, data, shape, coding.predictor == 2)
 
 
 def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:

@@ -12,7 +12,8 @@ from gigatome.core.errors import DamagedSlideError, GigatomeError, NotASlideErro
 from gigatome.core.extras import require
 from gigatome.core.geometry import Box
 from gigatome.slides.decode import JPEG, ChunkError, check_jpeg
-from gigatome.slides.reader import Level, level_scale, place
+from gigatome.slides.index import level_scale
+from gigatome.slides.reader import Level, place
 from gigatome.slides.resample import WHITE
 from gigatome.slides.tiff import MAX_CHUNK_BYTES, MAX_SIDE
 from gigatome.slides.vendors import tag_mpp

@@ -10,10 +10,9 @@ import numpy as np
 from gigatome.blob.store import Blob
 from gigatome.core.errors import DamagedSlideError
 from gigatome.core.geometry import Box
-from gigatome.slides.decode import ChunkError, ChunkFormat
+from gigatome.slides.decode import ChunkError, chunk_format
+from gigatome.slides.index import SlideIndex
 from gigatome.slides.resample import WHITE, Axis, resample
-from gigatome.slides.tiff import ChunkIndex, TiffFile
-from gigatome.slides.vendors import Pyramid
 
 
 @final
@@ -75,47 +74,40 @@ class LevelReader(Protocol):
         ...
 
 
-def level_scale(width: int, height: int, level_width: int, level_height: int) -> tuple[float, float]:
-    """Level-0 pixels in one pixel of a level along x and y, from the sizes of both.
-
-    Scanners shrink by a whole factor and drop the rest: 4443 × 3567 by 2 becomes 2221 × 1783, and the factor is 2, not
-    2.0005, which would be a pixel off at the far edge. Where the level is larger than that it was resized to whole
-    pixels, and the ratio of the sizes holds. (Measured on real slides of both kinds.)
-    """
-    factor = round(width / level_width)
-    if all(0 <= side - factor * small < factor for side, small in ((width, level_width), (height, level_height))):
-        return float(factor), float(factor)
-    return width / level_width, height / level_height
-
-
 @final
 class TiffReader:
     """A tiled pyramidal TIFF, chunks read in ranges and decoded here.
 
     A chunk that the file leaves out (byte count 0, which some Aperio files hold) is made from the next finer level,
-    as OpenSlide does, and is white at level 0.
+    as OpenSlide does, and is white at level 0 and in formats that mean white by it.
+
+    Raises:
+        DamagedSlideError: the JPEG tables of a level are broken.
     """
 
     reader = "tiff"
 
-    def __init__(self, blob: Blob, name: str, tiff: TiffFile, pyramid: Pyramid):
-        self._blob, self._name = blob, name
-        self._formats: tuple[ChunkFormat, ...] = pyramid.formats
-        self._chunks: tuple[ChunkIndex, ...] = tuple(tiff.chunks(page) for page in pyramid.pages)
-        base = pyramid.pages[0]
+    def __init__(self, blob: Blob, name: str, index: SlideIndex):
+        self._blob, self._name, self._index = blob, name, index
+        try:
+            self._formats = [
+                chunk_format(level.coding, level.chunk_width, level.chunk_height) for level in index.levels
+            ]
+        except ChunkError as error:
+            raise DamagedSlideError(name, f"its JPEG tables are broken ({error}); copy it again") from error
         self.levels = tuple(
             Level(
-                page.width,
-                page.height,
-                *level_scale(base.width, base.height, page.width, page.height),
-                page.chunk_width,
-                page.chunk_height,
+                level.width,
+                level.height,
+                level.scale_x,
+                level.scale_y,
+                level.chunk_width,
+                level.chunk_height,
                 chunk.compression,
             )
-            for page, chunk in zip(pyramid.pages, pyramid.formats, strict=True)
+            for level, chunk in zip(index.levels, self._formats, strict=True)
         )
-        self.vendor, self.properties, self.mpp = pyramid.vendor, pyramid.properties, pyramid.mpp
-        self.bounds = Box(0, 0, base.width, base.height)
+        self.vendor, self.properties, self.mpp, self.bounds = index.vendor, index.properties, index.mpp, index.bounds
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """See :meth:`LevelReader.read_level`."""
@@ -125,7 +117,7 @@ class TiffReader:
             for row in range(y // side_y, (y + height - 1) // side_y + 1)
             for column in range(x // side_x, (x + width - 1) // side_x + 1)
         ]
-        index = self._chunks[level]
+        index = self._index.levels[level]
         present = [place for place in wanted if index.counts[place]]
         data = self._blob.read_ranges([(int(index.offsets[place]), int(index.counts[place])) for place in present])
         data_of = dict(zip(present, data, strict=True))
@@ -147,7 +139,7 @@ class TiffReader:
         this = self.levels[level]
         x, y = column * this.chunk_width, row * this.chunk_height
         shape = (this.chunk_height, this.chunk_width, 3)
-        if level == 0:
+        if level == 0 or self._index.gaps == "white":
             return np.full(shape, WHITE, np.uint8)
         finer = self.levels[level - 1]
         size = (finer.width, finer.height)

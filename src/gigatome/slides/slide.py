@@ -243,9 +243,9 @@ def _reader(blob: Blob, uri: str, name: str, reader: str) -> LevelReader:
         if reader == "tiff":
             raise
         return _other_vendor(blob, uri, name, error)
-    pyramid = recognise(tiff)
-    if pyramid is not None:
-        return TiffReader(blob, name, tiff, pyramid)
+    index = recognise(tiff)
+    if index is not None:
+        return TiffReader(blob, name, index)
     if reader == "tiff":
         raise NotASlideError(name, "is not an Aperio or tiled TIFF that reader='tiff' decodes; use reader='auto'")
     return _other_vendor(blob, uri, name, None) if is_foreign(tiff) else TifffileReader(blob, name)

@@ -15,6 +15,7 @@ import numpy as np
 
 from gigatome.blob.store import Blob
 from gigatome.core.errors import DamagedSlideError, NotASlideError
+from gigatome.slides.index import Coding
 
 MAX_PAGES = 100
 MAX_TAGS = 4096
@@ -91,6 +92,11 @@ class TiffPage:
     def tiled(self) -> bool:
         """Whether the page is cut into chunks rather than strips."""
         return self.chunk_width > 0
+
+    @property
+    def coding(self) -> Coding:
+        """How its chunks are compressed."""
+        return Coding(self.compression, self.photometric, self.samples, self.predictor, self.jpeg_tables)
 
     @property
     def columns(self) -> int:

@@ -5,11 +5,10 @@ fallback readers. A resolution is taken only where the file states it; magnifica
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import final
 
-from gigatome.slides.decode import ChunkError, ChunkFormat, chunk_format
+from gigatome.core.geometry import Box
+from gigatome.slides.decode import can_decode
+from gigatome.slides.index import LevelIndex, SlideIndex, level_scale
 from gigatome.slides.tiff import ARGOS_METADATA, MAKE, NDPI_FORMAT, XMP, TiffFile, TiffPage
 
 # Resolution tags are often nonsense (72 dpi, 1 px per cm): outside this range of mpp they are not believed.
@@ -19,51 +18,42 @@ _UNIT_UM = {_INCH: 25_400.0, _CENTIMETRE: 10_000.0}
 _MASK = 4
 
 
-@final
-@dataclass(frozen=True)
-class Pyramid:
-    """The levels of a slide in a TIFF file.
-
-    Attributes:
-        vendor: "aperio" or "generic-tiff".
-        pages: largest first.
-        formats: how the chunks of each page are decoded.
-        mpp: µm per level-0 pixel in x and y, or None.
-        properties: what the file says of itself.
-    """
-
-    vendor: str
-    pages: tuple[TiffPage, ...]
-    formats: tuple[ChunkFormat, ...]
-    mpp: tuple[float, float] | None
-    properties: Mapping[str, str]
-
-
-def recognise(tiff: TiffFile) -> Pyramid | None:
+def recognise(tiff: TiffFile) -> SlideIndex | None:
     """The slide in a TIFF file; None if its dialect or its compression is one for the fallback readers.
 
     Raises:
-        DamagedSlideError: the tables that its chunks need are broken.
+        DamagedSlideError: its chunks lie outside the file, or are not as many as its size implies.
     """
     if is_foreign(tiff) or is_ome(tiff):
         return None
     pages = _levels(tiff.pages)
-    try:
-        formats = [chunk_format(page) for page in pages]
-    except ChunkError as error:
-        raise tiff.damaged(f"its JPEG tables are broken ({error})") from error
-    decodable = tuple(item for item in formats if item is not None)
-    if not pages or len(decodable) < len(pages):
+    if not pages or not all(can_decode(page) for page in pages):
         return None
+    levels = tuple(_level(tiff, page, pages[0]) for page in pages)
+    bounds = Box(0, 0, pages[0].width, pages[0].height)
     first = tiff.pages[0]
     properties = _tiff_properties(pages[0])
     if first.description.startswith("Aperio"):
         aperio = aperio_properties(first.description)
         properties |= {f"aperio.{key}": value for key, value in aperio.items()}
         mpp = _positive(aperio.get("MPP", ""))
-        return Pyramid("aperio", pages, decodable, (mpp, mpp) if mpp else None, properties)
+        return SlideIndex("aperio", levels, (mpp, mpp) if mpp else None, properties, bounds)
     mpp = tag_mpp(pages[0].resolution, pages[0].resolution_unit)
-    return Pyramid("generic-tiff", pages, decodable, mpp, properties)
+    return SlideIndex("generic-tiff", levels, mpp, properties, bounds)
+
+
+def _level(tiff: TiffFile, page: TiffPage, base: TiffPage) -> LevelIndex:
+    chunks = tiff.chunks(page)
+    return LevelIndex(
+        page.width,
+        page.height,
+        *level_scale(base.width, base.height, page.width, page.height),
+        page.chunk_width,
+        page.chunk_height,
+        page.coding,
+        chunks.offsets,
+        chunks.counts,
+    )
 
 
 def is_ome(tiff: TiffFile) -> bool:
