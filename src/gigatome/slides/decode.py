@@ -7,12 +7,15 @@ never grey pixels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, final
 
 import imagecodecs
 import numpy as np
 import simplejpeg
 
 from gigatome.slides.index import Coding
+from gigatome.slides.native import NATIVE
 from gigatome.slides.tiff import TiffPage
 
 NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE, APERIO_J2K_YCBCR, APERIO_J2K_RGB, J2K = 1, 5, 7, 8, 32946, 33003, 33005, 34712
@@ -26,34 +29,54 @@ _NAMES = {
     APERIO_J2K_RGB: "jpeg2000",
     J2K: "jpeg2000",
 }
-_GREY, _RGB, _YCBCR = 1, 2, 6
+_GREY, RGB, _YCBCR = 1, 2, 6
 _EIGHT_BITS = 7  # JPEG 2000 writes the number of bits less one
 _TABLES = (0xC4, 0xDB, 0xDD)  # Huffman, quantisation, restart interval
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 # libjpeg-turbo's own fuzzers stop at this many scans: each pass over a chunk costs the same whatever it holds.
 _MAX_SCANS = 500
+_SHRINKS = (1, 2, 4, 8)
+_UNIT = 16
 
 
 class ChunkError(ValueError):
     """A chunk is truncated or is not what its page says; the reader turns it into a DamagedSlideError."""
 
 
+@final
 @dataclass(frozen=True)
 class ChunkFormat:
-    """How the chunks of one page are compressed; made once a page by :func:`chunk_format`.
+    """How the chunks of one level are compressed; made once a level by :func:`chunk_format`.
 
     Attributes:
         width, height: of every chunk, in pixels.
         components: 3, or 1 for grey.
         compression: name for display.
-        decode: bytes of a chunk → uint8 [height, width, 3].
+        shrinks: by which the sides of a chunk can be divided while it is decoded: 1, and 2, 4, 8 where JPEG allows it.
+        native: tables of the C extension, if it is there and decodes this format.
     """
 
     width: int
     height: int
     components: int
     compression: str
-    decode: Callable[[bytes], np.ndarray]
+    shrinks: tuple[int, ...]
+    native: Any
+    _decode: Callable[[bytes, int, int], np.ndarray]
+
+    def decode(self, data: bytes, shrink: int = 1, rows: int | None = None) -> np.ndarray:
+        """Bytes of a chunk → uint8 [height / shrink, width / shrink, 3].
+
+        Args:
+            data: the chunk.
+            shrink: one of ``shrinks``.
+            rows: how many are needed from the top; None for all. Those below may be missing from the result, and damage
+                in them, or of a kind that decoders only warn of, goes unnoticed.
+
+        Raises:
+            ChunkError: the data end early or are damaged, or are not what the page says.
+        """
+        return self._decode(data, shrink, self.height if rows is None else rows * shrink)
 
 
 def can_decode(page: TiffPage) -> bool:
@@ -64,32 +87,58 @@ def can_decode(page: TiffPage) -> bool:
         and page.compression in _NAMES
         and set(page.bits) == {8}
         and set(page.sample_format) == {1}
-        and (grey or (page.samples == 3 and page.planar == 1 and page.photometric in (_RGB, _YCBCR)))
+        and (grey or (page.samples == 3 and page.planar == 1 and page.photometric in (RGB, _YCBCR)))
     ):
         return False
     transformed = page.compression in (JPEG, APERIO_J2K_YCBCR, APERIO_J2K_RGB, J2K)
     return transformed or (page.photometric != _YCBCR and page.predictor in (1, 2))
 
 
-def chunk_format(coding: Coding, width: int, height: int) -> ChunkFormat:
+def chunk_format(coding: Coding, width: int, height: int, *, native: bool = True) -> ChunkFormat:
     """How to decode chunks of ``width`` × ``height`` pixels, of a page that :func:`can_decode`.
+
+    Args:
+        coding: how they are compressed.
+        width: of a chunk.
+        height: of a chunk.
+        native: whether the C extension is used where it is there; the pixels are the same.
 
     Raises:
         ChunkError: the JPEG tables common to all chunks are broken.
     """
-    decode = _decoder(coding, (height, width, coding.samples))
-    return ChunkFormat(width, height, coding.samples, _NAMES[coding.compression], decode)
+    shape, name = (height, width, coding.samples), _NAMES[coding.compression]
+    if coding.compression != JPEG:
+        return ChunkFormat(width, height, coding.samples, name, (1,), None, _other_decoder(coding, shape))
+    prefix = jpeg_prefix(coding.tables, rgb=coding.photometric == RGB)
+    shrinks = tuple(shrink for shrink in _SHRINKS if width % shrink == height % shrink == 0)
+    tables = native_tables(prefix) if native else None
+
+    def decode(data: bytes, shrink: int, rows: int) -> np.ndarray:
+        return decode_jpeg(_whole(coding, data), prefix, shape, shrink, rows)
+
+    return ChunkFormat(width, height, coding.samples, name, shrinks, tables, decode)
 
 
-def _decoder(coding: Coding, shape: tuple[int, int, int]) -> Callable[[bytes], np.ndarray]:
-    if coding.compression == JPEG:
-        prefix = jpeg_prefix(coding.tables, rgb=coding.photometric == _RGB)
-        return lambda data: decode_jpeg(data, prefix, shape)
+@lru_cache(maxsize=256)
+def native_tables(prefix: bytes) -> Any:
+    """The C extension's tables, shared by all slides that have the same; None without the extension."""
+    try:
+        return None if NATIVE is None else NATIVE.Tables(prefix)
+    except ValueError:
+        return None  # the other decoder will say what is wrong with them
+
+
+def _whole(coding: Coding, data: bytes) -> bytes:
+    """A chunk with its header, where it has none of its own."""
+    return coding.header + data[:-2] + b"\xff\xd9" if coding.header else data
+
+
+def _other_decoder(coding: Coding, shape: tuple[int, int, int]) -> Callable[[bytes, int, int], np.ndarray]:
     if coding.compression in (APERIO_J2K_YCBCR, APERIO_J2K_RGB, J2K):
         ycbcr = coding.compression == APERIO_J2K_YCBCR or (coding.compression == J2K and coding.photometric == _YCBCR)
-        return lambda data: decode_jpeg2000(data, shape, ycbcr=ycbcr)
+        return lambda data, *_: decode_jpeg2000(data, shape, ycbcr=ycbcr)
     inflate = {NONE: _stored, LZW: _lzw, DEFLATE: _deflate, OLD_DEFLATE: _deflate}[coding.compression]
-    return lambda data: _raw(inflate, data, shape, coding.predictor == 2)
+    return lambda data, *_: _raw(inflate, data, shape, coding.predictor == 2)
 
 
 def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:
@@ -115,21 +164,48 @@ def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:
     return b"".join(kept)
 
 
-def decode_jpeg(data: bytes, prefix: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """JPEG chunk, with the tables in ``prefix``, to uint8 [height, width, 3].
+def decode_jpeg(
+    data: bytes, prefix: bytes, shape: tuple[int, int, int], shrink: int = 1, rows: int | None = None
+) -> np.ndarray:
+    """JPEG chunk, with the tables in ``prefix``, to uint8 [height / shrink, width / shrink, 3].
+
+    Shrunk, each pixel is about the mean of ``shrink`` squared: libjpeg takes a smaller inverse transform. If only the
+    upper rows are needed the frame is said to be less high, and the decoder stops there.
+
+    Args:
+        data: the chunk.
+        prefix: of :func:`jpeg_prefix`.
+        shape: height, width and components that the page states.
+        shrink: 1, 2, 4 or 8.
+        rows: how many are needed from the top, before shrinking; None for all. The result may have fewer then.
 
     Raises:
-        ChunkError: the data end early or are damaged, or the frame is not of ``shape`` (height, width, components).
+        ChunkError: the data end early or are damaged, or the frame is not of ``shape``.
     """
-    head, body = _jpeg_header(data, shape)
+    height, width, _ = shape
+    if rows is not None:
+        # Interpolated colours look at the next unit of up to 16 rows.
+        height = min(height, -(-rows // _UNIT) * _UNIT + _UNIT)
+    head, body = _jpeg_header(data, shape, height)
+    least = (height // shrink, width // shrink) if shrink > 1 else (0, 0)
     try:
-        return simplejpeg.decode_jpeg(prefix + head + body, colorspace="RGB")
+        return simplejpeg.decode_jpeg(
+            prefix + head + body,
+            colorspace="RGB",
+            min_height=least[0],
+            min_width=least[1],
+            min_factor=1,
+            strict=height == shape[0],  # the rows that are left over would count as a fault
+        )
     except ValueError as error:
         raise ChunkError(f"damaged JPEG data ({error})") from error
 
 
-def _jpeg_header(data: bytes, shape: tuple[int, int, int]) -> tuple[bytes, bytes]:
-    """Checks the frame header; returns the chunk without SOI and without markers that restate its colours."""
+def _jpeg_header(data: bytes, shape: tuple[int, int, int], height: int) -> tuple[bytes, bytes]:
+    """Checks the frame header and states ``height`` in it; returns the chunk in two parts.
+
+    SOI and markers that restate its colours are left out.
+    """
     if data[:2] != b"\xff\xd8":
         raise ChunkError("JPEG data without a start")
     end = data.rfind(b"\xff\xd9")
@@ -140,13 +216,15 @@ def _jpeg_header(data: bytes, shape: tuple[int, int, int]) -> tuple[bytes, bytes
         while data[position : position + 2] == b"\xff\xff":  # fill bytes
             position += 1
         marker, length = _segment(data, position)
+        segment = data[position : position + 2 + length]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            _check_frame(data[position + 4 : position + 2 + length], marker, shape)
+            _check_frame(segment[4:], marker, shape)
+            segment = segment[:5] + height.to_bytes(2, "big") + segment[7:]
             frame = marker
         if marker == 0xDA:
             break
         if marker not in (0xE0, 0xEE):
-            kept.append(data[position : position + 2 + length])
+            kept.append(segment)
         position += 2 + length
     if not frame:
         raise ChunkError("JPEG data without a frame")
@@ -174,7 +252,7 @@ def _check_frame(frame: bytes, marker: int, shape: tuple[int, int, int]) -> None
 
 def check_jpeg(data: bytes, width: int, height: int, components: int) -> None:
     """Raises :class:`ChunkError` if a JPEG ends early or its frame is not of the size and components stated."""
-    _jpeg_header(data, (height, width, components))
+    _jpeg_header(data, (height, width, components), height)
 
 
 def decode_jpeg2000(data: bytes, shape: tuple[int, int, int], *, ycbcr: bool) -> np.ndarray:

@@ -61,7 +61,7 @@ class OpenSlideReader:
         colour = self.properties.get("openslide.background-color", "FFFFFF")
         self._background = np.array([int(colour[k : k + 2], 16) for k in (0, 2, 4)], np.float32)
 
-    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+    def read_level(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> np.ndarray:
         """See :meth:`gigatome.slides.reader.LevelReader.read_level`."""
         scale = self._slide.level_downsamples[level]
         try:
@@ -163,7 +163,7 @@ class TifffileReader:
         self.properties: Mapping[str, str] = {"tiff.ImageDescription": base.description or ""}
         self.bounds = Box(0, 0, base.imagewidth, base.imagelength)
 
-    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+    def read_level(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> np.ndarray:
         """See :meth:`gigatome.slides.reader.LevelReader.read_level`."""
         page, (side_x, side_y) = self._pages[level], _chunk_size(self._pages[level])
         columns, rows = -(-page.imagewidth // side_x), -(-page.imagelength // side_y)

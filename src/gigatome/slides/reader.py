@@ -1,6 +1,7 @@
 """What every slide reader gives, and the reader for TIFF files that gigatome decodes itself."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, final
@@ -8,10 +9,11 @@ from typing import Protocol, final
 import numpy as np
 
 from gigatome.blob.store import Blob
-from gigatome.core.errors import DamagedSlideError
+from gigatome.core.errors import DamagedSlideError, StoreError
 from gigatome.core.geometry import Box
-from gigatome.slides.decode import ChunkError, chunk_format
-from gigatome.slides.index import SlideIndex
+from gigatome.slides.decode import RGB, ChunkError, ChunkFormat, chunk_format
+from gigatome.slides.index import LevelIndex, SlideIndex
+from gigatome.slides.native import NATIVE
 from gigatome.slides.resample import WHITE, Axis, resample
 
 
@@ -25,6 +27,7 @@ class Level:
         scale_x, scale_y: level-0 pixels in one pixel of this level, along each axis.
         chunk_width, chunk_height: of its compressed chunks, in pixels; 0 if the reader does not tell.
         compression: "jpeg", "jpeg2000", "deflate", "lzw", "none", or another name; "" if the reader does not tell.
+        shrinks: by which its sides can be divided while its chunks are decoded: 1, and 2, 4, 8 for JPEG.
     """
 
     width: int
@@ -34,6 +37,7 @@ class Level:
     chunk_width: int
     chunk_height: int
     compression: str
+    shrinks: tuple[int, ...] = (1,)
 
     @property
     def downsample(self) -> float:
@@ -60,8 +64,16 @@ class LevelReader(Protocol):
     mpp: tuple[float, float] | None
     bounds: Box
 
-    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """uint8 [height, width, 3] of a region inside a level, in pixels of that level.
+    def read_level(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> np.ndarray:
+        """uint8 [height, width, 3] of a region inside a level.
+
+        Args:
+            level: of the pyramid.
+            x: left edge, in pixels of the level divided by ``shrink``; so are the others.
+            y: top edge.
+            width: of the region.
+            height: of the region.
+            shrink: one of the level's ``shrinks``.
 
         Raises:
             DamagedSlideError: a chunk is truncated or damaged.
@@ -78,8 +90,18 @@ class LevelReader(Protocol):
 class TiffReader:
     """A tiled pyramidal TIFF, chunks read in ranges and decoded here.
 
+    The C extension, where it is there, decodes what a read needs of each JPEG chunk and no more, without the GIL;
+    chunks that it declines, and all of them without it, are decoded whole by libraries, to the same pixels. Damage in a
+    part of a chunk that is not needed may go unnoticed.
+
     A chunk that the file leaves out (byte count 0, which some Aperio files hold) is made from the next finer level,
     as OpenSlide does, and is white at level 0 and in formats that mean white by it.
+
+    Args:
+        blob: the file.
+        name: what errors call the slide.
+        index: where its chunks lie.
+        native: whether the C extension is used.
 
     Raises:
         DamagedSlideError: the JPEG tables of a level are broken.
@@ -87,11 +109,12 @@ class TiffReader:
 
     reader = "tiff"
 
-    def __init__(self, blob: Blob, name: str, index: SlideIndex):
-        self._blob, self._name, self._index = blob, name, index
+    def __init__(self, blob: Blob, name: str, index: SlideIndex, *, native: bool = True):
+        self.blob, self.index, self._name = blob, index, name
         try:
             self._formats = [
-                chunk_format(level.coding, level.chunk_width, level.chunk_height) for level in index.levels
+                chunk_format(level.coding, level.chunk_width, level.chunk_height, native=native)
+                for level in index.levels
             ]
         except ChunkError as error:
             raise DamagedSlideError(name, f"its JPEG tables are broken ({error}); copy it again") from error
@@ -104,43 +127,121 @@ class TiffReader:
                 level.chunk_width,
                 level.chunk_height,
                 chunk.compression,
+                chunk.shrinks,
             )
             for level, chunk in zip(index.levels, self._formats, strict=True)
         )
         self.vendor, self.properties, self.mpp, self.bounds = index.vendor, index.properties, index.mpp, index.bounds
 
-    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+    def read_level(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> np.ndarray:
         """See :meth:`LevelReader.read_level`."""
-        side_x, side_y = self.levels[level].chunk_width, self.levels[level].chunk_height
-        wanted = [
-            (row, column)
-            for row in range(y // side_y, (y + height - 1) // side_y + 1)
-            for column in range(x // side_x, (x + width - 1) // side_x + 1)
-        ]
-        index = self._index.levels[level]
-        present = [place for place in wanted if index.counts[place]]
-        data = self._blob.read_ranges([(int(index.offsets[place]), int(index.counts[place])) for place in present])
-        data_of = dict(zip(present, data, strict=True))
         output = np.empty((height, width, 3), np.uint8)
-        for row, column in wanted:
-            raw = data_of.pop((row, column), None)
-            pixels = self._missing(level, row, column) if raw is None else self._decode(level, row, column, raw)
-            place(output, pixels, column * side_x - x, row * side_y - y)
+        self.read_into(output, level, x, y, shrink)
         return output
 
-    def _decode(self, level: int, row: int, column: int, data: bytes) -> np.ndarray:
+    def ranges(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> list[tuple[int, int]]:
+        """Offset and length of the chunks that :meth:`read_level` needs of the file, row by row."""
+        rows, columns = self._grid(level, x, y, width, height, shrink)
+        index = self.index.levels[level]
+        offsets, counts = index.offsets[rows, columns].ravel().tolist(), index.counts[rows, columns].ravel().tolist()
+        return [place for place in zip(offsets, counts, strict=True) if place[1]]
+
+    def read_into(
+        self, output: np.ndarray, level: int, x: int, y: int, shrink: int = 1, data: Sequence[bytes] | None = None
+    ) -> None:
+        """As :meth:`read_level`, into ``output`` uint8 [height, width, 3], contiguous.
+
+        Args:
+            output: where the pixels go; its size is that of the region.
+            level: of the pyramid.
+            x: left edge, in pixels of the level divided by ``shrink``.
+            y: top edge.
+            shrink: one of the level's ``shrinks``.
+            data: the bytes of :meth:`ranges`, if they have been fetched.
+        """
+        height, width = output.shape[:2]
+        index, chunk = self.index.levels[level], self._formats[level]
+        direct = chunk.native is not None and not index.coding.header
+        if data is None and not (direct and self.blob.handle >= 0):
+            data = self.blob.read_ranges(self.ranges(level, x, y, width, height, shrink))
+        status = None
+        if direct:
+            status = self._read_native(output, index, chunk, x, y, shrink, data)
+            if not any(status):
+                return
+        self._read_slowly(output, level, x, y, shrink, data, status)
+
+    def _read_native(
+        self,
+        output: np.ndarray,
+        index: LevelIndex,
+        chunk: ChunkFormat,
+        x: int,
+        y: int,
+        shrink: int,
+        data: Sequence[bytes] | None,
+    ) -> bytes:
+        """Decodes in C; what became of each chunk."""
+        source = self.blob.handle if data is None else data
+        kind = (chunk.width, chunk.height, chunk.components, index.coding.photometric == RGB)
+        corners = np.array([[x, y]], np.int64)
+        halvings = shrink.bit_length() - 1
         try:
-            return self._formats[level].decode(data)
+            return NATIVE.read_tiles(
+                chunk.native, source, index.offsets, index.counts, kind, corners, output[None], halvings
+            )
+        except OSError as error:
+            raise StoreError(f"{self._name}: cannot be read ({error.strerror})") from error
+        except EOFError:
+            raise DamagedSlideError(self._name, "it has become shorter since it was opened; copy it again") from None
+
+    def _read_slowly(
+        self,
+        output: np.ndarray,
+        level: int,
+        x: int,
+        y: int,
+        shrink: int,
+        data: Sequence[bytes] | None,
+        status: bytes | None,
+    ) -> None:
+        """Places the chunks that are not there yet, each of them decoded whole."""
+        index, chunk = self.index.levels[level], self._formats[level]
+        rows, columns = self._grid(level, x, y, output.shape[1], output.shape[0], shrink)
+        given = iter(data or ())
+        for number, (row, column) in enumerate(itertools.product(_range(rows), _range(columns))):
+            offset, count = int(index.offsets[row, column]), int(index.counts[row, column])
+            raw = next(given) if count and data is not None else None
+            top = row * chunk.height // shrink
+            if status is not None and not status[number]:
+                continue
+            if not count:
+                pixels = self._missing(level, row, column, shrink)
+            else:
+                raw = self.blob.read(offset, count) if raw is None else raw
+                pixels = self._decode(level, row, column, raw, shrink, output.shape[0] + y - top)
+            place(output, pixels, column * chunk.width // shrink - x, top - y)
+
+    def _grid(self, level: int, x: int, y: int, width: int, height: int, shrink: int) -> tuple[slice, slice]:
+        """Rows and columns of the chunks that a region touches."""
+        side_x, side_y = self._formats[level].width // shrink, self._formats[level].height // shrink
+        return (
+            slice(y // side_y, (y + height - 1) // side_y + 1),
+            slice(x // side_x, (x + width - 1) // side_x + 1),
+        )
+
+    def _decode(self, level: int, row: int, column: int, data: bytes, shrink: int, rows: int) -> np.ndarray:
+        try:
+            return self._formats[level].decode(data, shrink, rows)
         except ChunkError as error:
             where = f"chunk {column}, {row} of level {level}"
             raise DamagedSlideError(self._name, f"{where}: {error}; copy the file again or leave it out") from error
 
-    def _missing(self, level: int, row: int, column: int) -> np.ndarray:
+    def _missing(self, level: int, row: int, column: int, shrink: int) -> np.ndarray:
         this = self.levels[level]
-        x, y = column * this.chunk_width, row * this.chunk_height
-        shape = (this.chunk_height, this.chunk_width, 3)
-        if level == 0 or self._index.gaps == "white":
-            return np.full(shape, WHITE, np.uint8)
+        height, width = this.chunk_height // shrink, this.chunk_width // shrink
+        if level == 0 or self.index.gaps == "white":
+            return np.full((height, width, 3), WHITE, np.uint8)
         finer = self.levels[level - 1]
         size = (finer.width, finer.height)
         step_x, step_y = this.scale_x / finer.scale_x, this.scale_y / finer.scale_y
@@ -148,13 +249,17 @@ class TiffReader:
             partial(self.read_level, level - 1),
             size,
             size,
-            Axis(x * step_x, step_x, this.chunk_width),
-            Axis(y * step_y, step_y, this.chunk_height),
+            Axis(column * this.chunk_width * step_x, step_x * shrink, width),
+            Axis(row * this.chunk_height * step_y, step_y * shrink, height),
         )
 
     def close(self) -> None:
         """Closes the file."""
-        self._blob.close()
+        self.blob.close()
+
+
+def _range(part: slice) -> range:
+    return range(part.start, part.stop)
 
 
 def place(output: np.ndarray, pixels: np.ndarray, x: int, y: int) -> None:

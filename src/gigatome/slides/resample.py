@@ -4,16 +4,20 @@ An output pixel is the mean of the source under it, with the pixels on its edges
 inside: a box filter with fractional edges. Where output pixels are smaller than source pixels it is bilinear.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import final
 
 import cv2
 import numpy as np
 
+from gigatome.slides.native import NATIVE
+
 WHITE = 255
 # Source pixels along one side of a block: bounds the memory of reading a whole slide for a thumbnail.
-_BLOCK_SIDE = 4096
+BLOCK_SIDE = 4096
 # Positions closer than this to whole pixels are whole ones: floating-point noise must not blur an exact read.
 _TOLERANCE = 1e-3
 # OpenCV gives each thread this many output pixels. The callers have threads of their own, so it gets no more at a time.
@@ -35,6 +39,17 @@ class Axis:
         """The pixels ``first`` … ``first + count``."""
         return Axis(self.start + first * self.step, self.step, count)
 
+    def within(self, extent: float) -> bool:
+        """Whether all pixels lie within 0 and ``extent``."""
+        return self.start > -_TOLERANCE and self.start + self.count * self.step < extent + _TOLERANCE
+
+    def snapped(self) -> "Axis":
+        """The same axis from the nearest whole pixel if its step is a whole number, else as it is."""
+        step = round(self.step)
+        if not step or abs(self.step - step) * self.count >= _TOLERANCE:
+            return self
+        return Axis(float(round(self.start)), self.step, self.count)
+
     @property
     def whole(self) -> int:
         """The step as a whole number if all edges fall on source pixels, else 0."""
@@ -44,9 +59,16 @@ class Axis:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Taps:
-    """Weighted source pixels of each output pixel: ``first`` int, ``index`` [n, k] from there, ``weight`` [n, k]."""
+    """The source pixels of each output pixel of one axis.
+
+    Attributes:
+        first, last: the source pixels that are looked at, ``last`` excluded.
+        index: int32 [n, k], counted from ``first``.
+        weight: float32 [n, k].
+        cover: float32 [n], the share of each output pixel that is picture.
+    """
 
     first: int
     last: int
@@ -55,8 +77,62 @@ class _Taps:
     cover: np.ndarray
 
 
+@final
+@dataclass(frozen=True)
+class Window:
+    """The source pixels that a block of output pixels needs, and how they become it; made by :func:`window`.
+
+    Attributes:
+        x, y, width, height: of the source, in its pixels; inside it.
+        across, down: the axes of the output.
+        taps: weighted pixels along x and y; None where each output pixel is the mean of whole pixels.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    across: Axis
+    down: Axis
+    taps: tuple[_Taps, _Taps] | None
+
+    @property
+    def as_read(self) -> bool:
+        """Whether the output is the source pixels themselves."""
+        return self.taps is None and self.width == self.across.count and self.height == self.down.count
+
+    def render(self, pixels: np.ndarray, output: np.ndarray | None = None) -> np.ndarray:
+        """The block, uint8 [down.count, across.count, 3], of the source pixels uint8 [height, width, 3].
+
+        Args:
+            pixels: the source.
+            output: where to put it; contiguous.
+        """
+        if output is None:
+            output = np.empty((self.down.count, self.across.count, 3), np.uint8)
+        if self.as_read:
+            if output is not pixels:
+                output[:] = pixels
+        elif self.taps is None:
+            _shrink(pixels, output)
+        else:
+            (_apply if NATIVE is None else _apply_native)(pixels, *self.taps, output)
+        return output
+
+
+def window(size: tuple[int, int], extent: tuple[float, float], x: Axis, y: Axis) -> Window | None:
+    """What a block of output pixels needs of a source; None if it lies wholly outside. See :func:`resample`."""
+    step = x.whole
+    if step and step == y.whole and all(_inside(axis, side) for axis, side in zip((x, y), size, strict=True)):
+        return Window(round(x.start), round(y.start), x.count * step, y.count * step, x, y, None)
+    across, down = _taps(x, size[0], extent[0]), _taps(y, size[1], extent[1])
+    if across is None or down is None:
+        return None
+    return Window(across.first, down.first, across.last - across.first, down.last - down.first, x, y, (across, down))
+
+
 def resample(read: ReadPixels, size: tuple[int, int], extent: tuple[float, float], x: Axis, y: Axis) -> np.ndarray:
-    """Resamples a source of ``size`` pixels.
+    """Resamples a source of ``size`` pixels, a block at a time.
 
     Args:
         read: ``read(x, y, width, height)`` → uint8 [height, width, 3] for any piece that lies inside ``size``.
@@ -70,33 +146,24 @@ def resample(read: ReadPixels, size: tuple[int, int], extent: tuple[float, float
         uint8 [y.count, x.count, 3].
     """
     output = np.full((y.count, x.count, 3), WHITE, np.uint8)
-    columns, rows = (max(1, int(_BLOCK_SIDE / max(axis.step, 1.0))) for axis in (x, y))
-    for top in range(0, y.count, rows):
-        y_part = y.part(top, min(rows, y.count - top))
-        for left in range(0, x.count, columns):
-            x_part = x.part(left, min(columns, x.count - left))
-            block = _block(read, size, extent, x_part, y_part)
+    for top, y_part in _blocks(y):
+        for left, x_part in _blocks(x):
+            block = window(size, extent, x_part, y_part)
             if block is not None:
-                output[top : top + y_part.count, left : left + x_part.count] = block
+                pixels = block.render(read(block.x, block.y, block.width, block.height))
+                output[top : top + y_part.count, left : left + x_part.count] = pixels
     return output
 
 
-def _block(read: ReadPixels, size: tuple[int, int], extent: tuple[float, float], x: Axis, y: Axis) -> np.ndarray | None:
-    """One block of the output; None if it is all white."""
-    step = x.whole
-    if step and step == y.whole and all(_inside(axis, side) for axis, side in zip((x, y), size, strict=True)):
-        pixels = read(round(x.start), round(y.start), x.count * step, y.count * step)
-        return pixels if step == 1 else _shrink(pixels, x.count, y.count)
-    across, down = _taps(x, size[0], extent[0]), _taps(y, size[1], extent[1])
-    if across is None or down is None:
-        return None
-    pixels = read(across.first, down.first, across.last - across.first, down.last - down.first)
-    # Weighted sums go over rows, which lie together in memory, hence the transposition.
-    mean = cv2.transpose(_apply(cv2.transpose(_apply(pixels, down)), across))
-    cover = down.cover[:, None, None] * across.cover[None, :, None]
-    if cover.min() < 1:
-        mean = mean * cover + np.float32(WHITE) * (1 - cover)
-    return (mean + np.float32(0.5)).astype(np.uint8)
+def one_block(x: Axis, y: Axis) -> bool:
+    """Whether :func:`resample` reads all of it at once."""
+    return all(axis.count * max(axis.step, 1.0) <= BLOCK_SIDE for axis in (x, y))
+
+
+def _blocks(axis: Axis) -> Iterator[tuple[int, Axis]]:
+    most = max(1, int(BLOCK_SIDE / max(axis.step, 1.0)))
+    for first in range(0, axis.count, most):
+        yield first, axis.part(first, min(most, axis.count - first))
 
 
 def _inside(axis: Axis, side: int) -> bool:
@@ -104,20 +171,36 @@ def _inside(axis: Axis, side: int) -> bool:
     return start >= 0 and start + axis.count * round(axis.step) <= side
 
 
-def _shrink(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+def _shrink(pixels: np.ndarray, output: np.ndarray) -> None:
     """Mean of each step × step pixels."""
-    output = np.empty((height, width, 3), np.uint8)
+    height, width = output.shape[:2]
     step = len(pixels) // height
     rows = max(1, _CV2_STRIPE // width)
     for top in range(0, height, rows):
         band = output[top : top + rows]
         piece = pixels[top * step : (top + len(band)) * step]
         cv2.resize(piece, (width, len(band)), dst=band, interpolation=cv2.INTER_AREA)
-    return output
 
 
 def _taps(axis: Axis, side: int, extent: float) -> _Taps | None:
     """Source pixels and weights along one axis; None if no output pixel touches the source."""
+    whole = math.floor(axis.start)
+    if whole >= 2 and axis.start + axis.step * axis.count <= min(side, extent) - 2:
+        # Far from the edges only the fraction of the start counts, and few of those occur.
+        taps = _inner_taps(Axis(axis.start - whole + 2, axis.step, axis.count))
+        return replace(taps, first=taps.first + whole - 2, last=taps.last + whole - 2)
+    return _edge_taps(axis, side, extent)
+
+
+@lru_cache(maxsize=1024)
+def _inner_taps(axis: Axis) -> _Taps:
+    far = math.ceil(axis.start + axis.step * axis.count) + 2
+    taps = _edge_taps(axis, far, far)
+    assert taps is not None  # noqa: S101 - it lies inside
+    return taps
+
+
+def _edge_taps(axis: Axis, side: int, extent: float) -> _Taps | None:
     edges = axis.start + axis.step * np.arange(axis.count + 1)
     low, high = edges[:-1].clip(0, extent), edges[1:].clip(0, extent)
     cover = (high - low) / axis.step
@@ -138,12 +221,37 @@ def _taps(axis: Axis, side: int, extent: float) -> _Taps | None:
     used = index[weight > 0]
     start, stop = int(used.min()), int(used.max()) + 1
     relative = (index - start).clip(0, stop - start - 1)
-    return _Taps(start, stop, relative, weight.astype(np.float32), cover.clip(0, 1).astype(np.float32))
+    cover = np.where(cover > 1 - _TOLERANCE**2, 1, cover).astype(np.float32)
+    return _Taps(start, stop, relative.astype(np.int32), weight.astype(np.float32), cover)
 
 
-def _apply(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
+def _apply(pixels: np.ndarray, across: _Taps, down: _Taps, output: np.ndarray) -> None:
+    """Weighted sums of the source pixels, and white for the share that is no picture."""
+    # Sums go over rows, which lie together in memory, hence the transposition.
+    mean = cv2.transpose(_sums(cv2.transpose(_sums(pixels, down)), across))
+    cover = down.cover[:, None, None] * across.cover[None, :, None]
+    if cover.min() < 1:
+        mean = mean * cover + np.float32(WHITE) * (1 - cover)
+    output[:] = (mean + np.float32(0.5)).astype(np.uint8)
+
+
+def _sums(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
     """Weighted sum of the taps along the first axis; float32."""
     total = np.zeros((len(taps.index), *pixels.shape[1:]), np.float32)
     for index, weight in zip(taps.index.T, taps.weight.T, strict=True):
         total += pixels.take(index, axis=0) * weight[:, None, None]
     return total
+
+
+def _apply_native(pixels: np.ndarray, across: _Taps, down: _Taps, output: np.ndarray) -> None:
+    """As :func:`_apply`, bit for bit, in C and without the GIL."""
+    NATIVE.resample(
+        np.ascontiguousarray(pixels),
+        across.index,
+        across.weight,
+        across.cover,
+        down.index,
+        down.weight,
+        down.cover,
+        output,
+    )

@@ -1,0 +1,19 @@
+"""The optional C extension; everything else stands in pyproject.toml. Without a C compiler the rest installs all the same."""
+
+from setuptools import Extension, setup
+
+FLAGS = ["-O3", "-std=gnu11", "-fwrapv", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "gigatome.slides._native",
+            sources=[f"src/native/{name}.c" for name in ("decode", "module", "output", "resample", "tables")],
+            depends=[f"src/native/{name}.h" for name in ("jpeg", "lanes", "output", "resample", "transform")],
+            extra_compile_args=FLAGS,
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
