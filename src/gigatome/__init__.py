@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gigatome.slides.check import check_cohort
     from gigatome.slides.cohort import Cohort
     from gigatome.slides.slide import Slide, open_slide
+    from gigatome.slides.zarr_view import open_zarr
     from gigatome.tiles.grid import make_grid
     from gigatome.tiles.stream import TileStream
     from gigatome.tissue.mask import TissueMask
@@ -42,6 +43,7 @@ __all__ = [
     "load_recipe",
     "make_grid",
     "open_slide",
+    "open_zarr",
     "segment",
     "train",
 ]
@@ -62,6 +64,7 @@ _HOMES = {
     "load_recipe": "recipes.schema",
     "make_grid": "tiles.grid",
     "open_slide": "slides.slide",
+    "open_zarr": "slides.zarr_view",
     "segment": "tissue.segment",
     "train": "recipes.run",
 }
