@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from shapely.geometry import Polygon, box
 
 from gigatome.core.errors import StoreError
-from gigatome.tissue.area import AreaIndex
-from gigatome.tissue.mask import TissueMask
+from gigatome.tissue.area import AreaIndex, area_of_each
+from gigatome.tissue.mask import TissueMask, TissueSize
 
 
 def blob(rng, x, y, radius, points, wobble=0.2):
@@ -50,6 +50,17 @@ def test_overlap_of_one_tile_and_of_many_agree(slide_mask):
     assert slide_mask.overlap(x, y, 700.5).tolist() == pytest.approx(one_by_one, abs=1e-12)
 
 
+def test_areas_on_many_slides_at_once(slide_mask):
+    other = TissueMask.of([box(0, 0, 90_000, 70_000).difference(box(30_000, 20_000, 50_000, 60_000))], 100_000, 80_000)
+    rng = np.random.default_rng(2)
+    masks = [(slide_mask, other, TissueMask((), 100_000, 80_000))[kind] for kind in rng.integers(0, 3, 300)]
+    corner, side = rng.uniform(-500, 90_000, (2, 300)), rng.uniform(1, 5_000, 300)
+    found = area_of_each([AreaIndex.of(mask.polygons) for mask in masks], np.concatenate([corner, corner + side]))
+    expected = [exact(mask, x, y, s) * s**2 for mask, x, y, s in zip(masks, *corner, side, strict=True)]
+    assert found == pytest.approx(np.array(expected), rel=1e-7, abs=1e-3)
+    assert area_of_each([], np.empty((4, 0))).shape == (0,)
+
+
 def test_overlap_of_a_hundred_thousand_tiles_takes_seconds(slide_mask):
     x, y = np.meshgrid(np.arange(320) * 310, np.arange(320) * 248)
     begin = time.thread_time()
@@ -76,7 +87,8 @@ def test_no_polygon_means_no_overlap():
     mask = TissueMask((), 10, 10)
     assert mask.fraction == 0
     assert mask.overlap([0, 3], [0, 3], 5).tolist() == [0, 0]
-    assert AreaIndex(()).area(*np.zeros((4, 0))).shape == (0,)
+    assert AreaIndex.of(()).area(*np.zeros((4, 0))).shape == (0,)
+    assert AreaIndex.of(()).area(*np.array([[0.0], [0], [5], [5]])).tolist() == [0]
 
 
 @pytest.mark.parametrize("side", [0, -1, math.nan])
@@ -101,6 +113,20 @@ def test_geojson_reads_back_as_it_was(tmp_path, slide_mask):
     assert again == slide_mask
     again.write(tmp_path / "again.geojson")
     assert (tmp_path / "again.geojson").read_bytes() == path.read_bytes()
+
+
+def test_size_is_told_without_the_outlines(tmp_path, slide_mask):
+    path = tmp_path / "slide.geojson"
+    slide_mask.write(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert TissueSize.peek(path) == TissueSize.of(slide_mask) == TissueSize(100_000, 80_000, 0.25, slide_mask.area)
+    TissueMask((), 10, 20, note={"options": "x" * 9000}).write(path)
+    assert TissueSize.peek(path) is None
+    path.write_text('{"type":"FeatureCollection","features":[]}')
+    assert TissueSize.peek(path) is None
+    with pytest.raises(StoreError, match="cannot be read"):
+        TissueSize.peek(tmp_path / "none.geojson")
 
 
 def test_geojson_has_what_qupath_and_trident_look_for(tmp_path):

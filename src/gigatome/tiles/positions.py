@@ -1,24 +1,28 @@
 """All positions at which a tile holds enough tissue, to draw from uniformly.
 
 The positions of a slide are cut into cells, like a quadtree. What a cell's tiles cover together bounds the tissue of
-each of them from both sides, so most cells are soon known to hold only good positions, or none. A draw takes a cell by
-its number of positions, and a position in it; only in the few cells in doubt is that tested, and if it fails all is
-drawn anew. So every good position is equally likely and no other is ever drawn: exactly, not to the resolution of a
-raster.
+each of them from both sides, so that many cells are soon known to hold only good positions, or none. A draw takes a
+cell by its number of positions, and a position in it; in cells in doubt that is tested, and if it fails another is
+drawn. So every good position is equally likely and no other is ever drawn: exactly, not to the resolution of a raster.
+The cells need only be so small that most draws are good: a test is cheaper than many cells.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.tissue.mask import OVERLAP_TOLERANCE, TissueMask
+from gigatome.tissue.area import AreaIndex, area_of_each
+from gigatome.tissue.mask import OVERLAP_TOLERANCE
 
-_CELLS = 4096  # about the most a slide and resolution may have; 25 bytes each
-_DOUBT = 0.1  # stop when no more than this share of the positions is in doubt
-_SEARCH = 16  # times as many cells may be looked at before the slide is given up as having no position at all
+Sides = TypeVar("Sides", float, NDArray[np.float64])
+
+_GOOD, _CELLS = 0.75, 2048  # stop when about this share of the positions is good, or at more cells; 24 bytes each
+_SURE, _FEW = 0.5, 256  # but with few cells, so much must be sure as well
+_SEARCH = 65_536  # cells that are looked at before the slide is given up as having no position at all
 
 
 @final
@@ -27,109 +31,128 @@ class Positions:
     """Where tiles of one size may lie on one slide; made by :func:`find_positions`.
 
     Attributes:
-        mask: the tissue.
+        tissue: the outlines.
         side: of the tiles in level-0 pixels.
-        min_tissue: share of a tile that must be tissue.
+        least: area of tissue that a tile must hold, in level-0 pixels.
         cells: int32 [C, 4], the least x and y of each cell and its width and height, in level-0 pixels.
-        sure: bool [C], whether every position of the cell is good.
         ends: int64 [C], positions up to and with each cell.
+        sure: so many cells, the first ones, hold only good positions.
     """
 
-    mask: TissueMask
+    tissue: AreaIndex
     side: float
-    min_tissue: float
+    least: float
     cells: NDArray[np.int32]
-    sure: NDArray[np.bool_]
     ends: NDArray[np.int64]
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, int]:
-        """One of all good positions (x, y), each as likely as any other."""
-        while True:
-            index = int(rng.random() * self.ends[-1])
-            cell = int(self.ends.searchsorted(index, side="right"))
-            x, y, width, _ = self.cells[cell].tolist()
-            row, column = divmod(index - (int(self.ends[cell - 1]) if cell else 0), width)
-            if self.sure[cell] or self.holds(x + column, y + row):
-                return x + column, y + row
-
-    def holds(self, x: int, y: int) -> bool:
-        """Whether a tile at (x, y) holds enough tissue."""
-        return bool(self.mask.overlap(x, y, self.side)[0] >= self.min_tissue - OVERLAP_TOLERANCE)
+    sure: int
 
 
-def find_positions(mask: TissueMask, side: float, min_tissue: float) -> Positions | None:
+def find_positions(tissue: AreaIndex, width: int, height: int, side: float, min_tissue: float) -> Positions | None:
     """Finds all positions, in whole level-0 pixels, at which a tile lies wholly on the slide and holds enough tissue.
 
     Args:
-        mask: the tissue.
+        tissue: the outlines.
+        width: of the slide, level-0 pixels.
+        height: of the slide, level-0 pixels.
         side: of the tiles in level-0 pixels.
         min_tissue: share of a tile that must be tissue, 0 to 1.
 
     Returns:
         The positions; None if there are none, as on a slide smaller than a tile.
     """
-    columns, rows = math.floor(mask.width - side + 1e-6) + 1, math.floor(mask.height - side + 1e-6) + 1
+    columns, rows = math.floor(width - side + 1e-6) + 1, math.floor(height - side + 1e-6) + 1
     if columns <= 0 or rows <= 0:
         return None
+    least = least_tissue(side, min_tissue)
     size = 1 << (max(columns, rows) - 1).bit_length()
     doubtful = np.array([[0, 0, columns, rows]], np.int64)
     sure = np.empty((0, 4), np.int64)
     while len(doubtful):
-        good, possible = _judge(mask, doubtful, side, min_tissue)
+        bare, held = _bounds(tissue, doubtful, side)
+        good = side**2 - bare >= least
         sure = np.concatenate([sure, doubtful[good]])
-        doubtful = doubtful[possible & ~good]
-        if size == 1 or not len(doubtful) or _enough(mask, sure, doubtful, side, min_tissue):
+        keep = (held >= least) & ~good
+        doubtful, share = doubtful[keep], (held / (held + bare))[keep]
+        if size == 1 or not len(doubtful) or _enough(tissue, sure, doubtful, share, side, least):
             break
         size //= 2
         doubtful = _quarter(doubtful, size)
     cells = np.concatenate([sure, doubtful])
-    if not len(cells) or (not len(sure) and not _any_good(mask, doubtful, side, min_tissue)):
+    if not len(cells) or (not len(sure) and not _any_good(tissue, doubtful, side, least)):
         return None
     ends = np.cumsum(cells[:, 2] * cells[:, 3])
-    return Positions(mask, side, min_tissue, cells.astype(np.int32), np.arange(len(cells)) < len(sure), ends)
+    return Positions(tissue, side, least, cells.astype(np.int32), ends, len(sure))
 
 
-def has_positions(mask: TissueMask, side: float, min_tissue: float) -> bool:
-    """Whether :func:`find_positions` finds any; quick where the largest piece of tissue holds one."""
-    if not mask.polygons or side > min(mask.width, mask.height):
-        return find_positions(mask, side, min_tissue) is not None
-    middle = mask.polygons[0].representative_point()
-    x = round(min(max(middle.x - side / 2, 0), math.floor(mask.width - side)))
-    y = round(min(max(middle.y - side / 2, 0), math.floor(mask.height - side)))
-    enough = bool(mask.overlap(x, y, side)[0] >= min_tissue)
-    return enough or find_positions(mask, side, min_tissue) is not None
+def least_tissue(side: Sides, min_tissue: float) -> Sides:
+    """Area of tissue that a tile of this side must hold, less what floating point may lose of it."""
+    return (min_tissue - OVERLAP_TOLERANCE) * side**2
 
 
-def _judge(
-    mask: TissueMask, cells: NDArray[np.int64], side: float, min_tissue: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Whether all positions of each cell are good, and whether any can be.
+def draw(
+    positions: Sequence[Positions], numbers: NDArray[np.float64]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+    """One good position of each of ``positions``, each as likely as any other.
 
-    A tile holds no more tissue than all tiles of its cell together, and no less than it would if all that is bare
-    there lay in it.
+    Args:
+        positions: N slides and resolutions to draw from.
+        numbers: float64 [N, T], uniform in [0, 1); each gives one position, and the first good one is taken.
+
+    Returns:
+        bool [N], whether one of them is good; int64 [N], its x; int64 [N], its y.
+    """
+    total = np.array([p.ends[-1] for p in positions])
+    index = (numbers * total[:, None]).astype(np.int64)
+    cell, end, sure = np.empty((*index.shape, 4), np.int64), np.empty_like(index), np.empty(index.shape, bool)
+    for row, p in enumerate(positions):
+        found = p.ends.searchsorted(index[row], side="right")
+        cell[row], end[row], sure[row] = p.cells[found], p.ends[found], found < p.sure
+    x, y, width, height = np.moveaxis(cell, -1, 0)
+    down, right = np.divmod(index - (end - width * height), width)
+    x, y = x + right, y + down
+    good = _tested(positions, x, y, sure)
+    row, first = np.arange(len(good)), good.argmax(axis=1)
+    return good[row, first], x[row, first], y[row, first]
+
+
+def _tested(positions: Sequence[Positions], x, y, sure: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether tiles are good, [N, T]; those behind one that is sure anyway are not looked at."""
+    row, column = np.nonzero(~np.logical_or.accumulate(sure, axis=1))
+    asked = [positions[i] for i in row.tolist()]
+    left, top = x[row, column].astype(np.float64), y[row, column].astype(np.float64)
+    side, least = np.array([(p.side, p.least) for p in asked]).reshape(-1, 2).T
+    good = sure.copy()
+    good[row, column] = area_of_each([p.tissue for p in asked], np.stack([left, top, left + side, top + side])) >= least
+    return good
+
+
+def _bounds(
+    tissue: AreaIndex, cells: NDArray[np.int64], side: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What all tiles of each cell together cover: the area without tissue, and the area of tissue.
+
+    A tile holds no more tissue than they, and no less than it would if all that is bare there lay in it.
     """
     x0, y0 = cells[:, 0].astype(float), cells[:, 1].astype(float)
     width, height = (cells[:, 2] - 1 + side).astype(float), (cells[:, 3] - 1 + side).astype(float)
-    tissue = mask.areas(x0, y0, x0 + width, y0 + height)
-    slack = OVERLAP_TOLERANCE * side**2
-    good = side**2 - (width * height - tissue) >= min_tissue * side**2 - slack
-    return good, tissue >= min_tissue * side**2 - slack
+    held = tissue.area(x0, y0, x0 + width, y0 + height)
+    return width * height - held, held
 
 
-def _enough(mask: TissueMask, sure, doubtful, side: float, min_tissue: float) -> bool:
-    """Whether the cells need not be divided further."""
-    certain, doubt = (sure[:, 2] * sure[:, 3]).sum(), (doubtful[:, 2] * doubtful[:, 3]).sum()
-    if certain:
-        return bool(doubt <= _DOUBT * (certain + doubt) or len(sure) + len(doubtful) > _CELLS)
-    if len(doubtful) > _SEARCH * _CELLS:
-        return True
-    return len(doubtful) > _CELLS and _any_good(mask, doubtful, side, min_tissue)
+def _enough(tissue: AreaIndex, sure, doubtful, share: NDArray[np.float64], side: float, least: float) -> bool:
+    """Whether the cells need not be divided further; of those in doubt, ``share`` guesses what part is good."""
+    certain, doubt = (sure[:, 2] * sure[:, 3]).sum(), doubtful[:, 2] * doubtful[:, 3]
+    count, total = len(sure) + len(doubtful), certain + doubt.sum()
+    poor, unsure = certain + doubt @ share < _GOOD * total, certain < _SURE * total
+    if (poor and count <= _CELLS) or (unsure and count <= _FEW):
+        return False
+    return bool(certain) or count > _SEARCH or _any_good(tissue, doubtful, side, least)
 
 
-def _any_good(mask: TissueMask, cells: NDArray[np.int64], side: float, min_tissue: float) -> bool:
+def _any_good(tissue: AreaIndex, cells: NDArray[np.int64], side: float, least: float) -> bool:
     """Whether the middle position of any cell is good."""
-    middle = cells[:, :2] + cells[:, 2:] // 2
-    return bool((mask.overlap(middle[:, 0], middle[:, 1], side) >= min_tissue - OVERLAP_TOLERANCE).any())
+    x, y = (cells[:, :2] + cells[:, 2:] // 2).T.astype(float)
+    return bool((tissue.area(x, y, x + side, y + side) >= least).any())
 
 
 def _quarter(cells: NDArray[np.int64], size: int) -> NDArray[np.int64]:

@@ -4,31 +4,33 @@ Source: arXiv:2404.15217, IV-B and IV-C: 256 px tiles of at least 40 % foregroun
 does not say how positions are distributed; here all that have the minimum overlap are equally likely.
 """
 
+import itertools
 import math
+import threading
+from bisect import bisect_right
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, final
+from os import PathLike
+from pathlib import Path
+from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gigatome.core.errors import CohortError, NoTissueError
+from gigatome.core.errors import CohortError, GigatomeError, NoTissueError
 from gigatome.core.geometry import level0_length
-from gigatome.core.logs import Failure, log
+from gigatome.core.logs import Failure, Progress, log, silent
 from gigatome.core.seeding import generator
-from gigatome.tiles.positions import Positions, find_positions, has_positions
-from gigatome.tissue.mask import TissueMask
+from gigatome.tiles.position_store import PositionStore, SlidePositions, SlideTissue
+from gigatome.tiles.positions import Positions, draw, least_tissue
 
 MAX_ENLARGEMENT = 1.25
 """How much a tile may be enlarged: scanners of one magnification differ a little, but 20× must not pose as 40×."""
 
-
-@dataclass(frozen=True)
-class SlideTissue:
-    """What the sampler needs to know of a slide: its name, µm per level-0 pixel, and tissue."""
-
-    name: str
-    mpp: float
-    mask: TissueMask
+_COLUMNS = 4  # numbers a place has in the first round: slide, resolution, position, and one to spare
+_GROWTH = 6  # later rounds have more positions, up to 4 · 2^6 numbers
+_PATIENCE = 16  # rounds in which only slides without a tile were drawn, before all slides are looked at
 
 
 @dataclass(frozen=True)
@@ -50,28 +52,32 @@ class TileRequest:
 
 @final
 class TileSampler:
-    """Draws tiles; each draw is a function of the seed and its index alone.
+    """Draws batches of tiles; each tile is a function of the seed, the step and its place in the batch alone.
 
     Tiles lie wholly on their slide. A resolution is possible on a slide if it is no finer than the slide's own by more
     than :data:`MAX_ENLARGEMENT` and some position has enough tissue; the weights of the others are shared out among
-    those possible. A slide on which none is possible is left out and listed in ``failures``.
+    those possible. A slide on which none is possible is left out and listed in ``failures``, as is one whose outlines
+    cannot be read: at the start if its size or its area of tissue tells, else when it is first drawn. May be used by
+    many threads.
 
     Args:
         slides: the slides.
         tile_size: side of a tile in pixels.
         mpps: resolutions, µm per pixel.
         mpp_weights: how likely each resolution is, in proportion; equally by default.
-        slide_weights: how likely each slide is, in proportion; ``"tissue"`` for its area of tissue in µm²; equally by
-            default.
+        slide_weights: how likely each slide is, in proportion, as
+            :func:`~gigatome.tiles.slide_weights.slide_weights` makes them; equally by default.
         min_tissue: share of a tile that must be tissue, 0 to 1.
         seed: of all draws, ≥ 0.
+        folder: where to keep the positions of slides that were stored; None to keep them in memory only.
+        memory: bytes that positions may take in memory.
 
     Attributes:
         slides: the slides as given.
-        failures: those that no tile can be drawn from.
+        failures: those that no tile can be drawn from, as far as is known yet.
 
     Raises:
-        NoTissueError: no tile can be drawn from any slide; the message names them.
+        NoTissueError: no tile can be drawn from any slide; the message names the first ones.
         CohortError: there are no slides.
         ValueError: a number is out of range.
     """
@@ -82,9 +88,11 @@ class TileSampler:
         tile_size: int,
         mpps: Sequence[float],
         mpp_weights: Sequence[float] | None = None,
-        slide_weights: Sequence[float] | Literal["tissue"] | None = None,
+        slide_weights: Sequence[float] | NDArray[np.float64] | None = None,
         min_tissue: float = 0.4,
         seed: int = 0,
+        folder: str | PathLike[str] | None = None,
+        memory: int = 256 << 20,
     ):
         if not slides:
             raise CohortError("there are no slides to draw tiles from")
@@ -92,80 +100,177 @@ class TileSampler:
             raise ValueError(f"tiles need a positive size and positive mpps, not {tile_size} px at {list(mpps)}")
         if not 0 <= min_tissue <= 1:
             raise ValueError(f"min_tissue must lie between 0 and 1, not {min_tissue}")
-        self.slides, self.tile_size, self.mpps = tuple(slides), tile_size, tuple(mpps)
-        self.min_tissue, self.seed = min_tissue, seed
         weights = _weights(mpp_weights, len(mpps), "mpp_weights")
-        area = [s.mask.area * s.mpp**2 for s in slides] if slide_weights == "tissue" else slide_weights
-        by_slide = _weights(area if not isinstance(area, str) else None, len(slides), "slide_weights")
-        self._mpp_ends = [_ends(weights * self._possible(slide, weights)) for slide in slides]
-        usable = np.array([bool(ends[-1]) for ends in self._mpp_ends])
-        self.failures = [self._failure(slide) for slide, good in zip(slides, usable, strict=True) if not good]
-        self._slide_ends = _ends(by_slide * usable)
-        if not self._slide_ends[-1]:
-            raise NoTissueError(", ".join(failure.slide for failure in self.failures) or "the cohort", self._why())
-        for failure in self.failures:
-            log.warning("%s: %s", failure.slide, failure.message)
-        self._positions: dict[tuple[int, int], Positions] = {}
+        self.slides, self.tile_size, self.min_tissue, self.seed = tuple(slides), tile_size, min_tissue, seed
+        self.mpps = tuple(mpp for mpp, weight in zip(mpps, weights.tolist(), strict=True) if weight)
+        self._mpp_weights = weights[weights > 0]
+        self._mpp_ends: dict[tuple[bool, ...], list[float]] = {}
+        possible = possible_scales(slides, tile_size, self.mpps, min_tissue)
+        self._weights = _weights(slide_weights, len(slides), "slide_weights") * possible.any(axis=1)
+        self._slide_ends = _ends(self._weights)
+        self.failures: list[Failure] = []
+        self._lost: set[int] = set()
+        self._lock = threading.Lock()
+        for index in np.flatnonzero(~possible.any(axis=1)).tolist():
+            self._lose(index, self._no_tile(self.slides[index].name))
+        if not self._weights.any():
+            raise self._nothing()
+        if folder is not None:
+            scales = "-".join(f"{mpp:g}" for mpp in self.mpps)
+            folder = Path(folder) / f"{tile_size}px_{scales}mpp_{min_tissue:g}"
+        sides = np.where(possible, _sides(slides, tile_size, self.mpps), 0)
+        self._store = PositionStore(self.slides, sides, min_tissue, folder, memory)
 
-    def request(self, index: int, attempt: int = 0) -> TileRequest:
-        """The tile of an index.
+    def requests(self, step: int, count: int, first: int = 0, last: int | None = None) -> list[TileRequest]:
+        """Some of the ``count`` tiles of a batch: places ``first`` to ``last``, without the latter.
+
+        A place has the same tile whatever part of the batch is asked for, and in a larger batch too.
+
+        Raises:
+            NoTissueError: no tile can be drawn from any slide.
+        """
+        last = count if last is None else last
+        if not 0 <= first <= last <= count:
+            raise ValueError(f"places {first} to {last} are not in a batch of {count}")
+        return self._draw(step, first, last, attempt=0)
+
+    def request(self, step: int, place: int, attempt: int = 0) -> TileRequest:
+        """Tile of one place; ``attempt`` ≥ 1 gives another one, where the first cannot be read."""
+        return self._draw(step, place, place + 1, attempt)[0]
+
+    def find_all(self, *, threads: int = 2, progress: Progress = silent) -> None:
+        """Finds the positions on all slides now, so that ``failures`` is complete and no draw waits for them.
 
         Args:
-            index: ≥ 0; a stream's step · batch size + place in the batch.
-            attempt: another tile for the same index, where the first cannot be read.
+            threads: slides worked on at a time.
+            progress: called after each slide with stage ``"positions"``.
         """
-        rng = generator(self.seed, "tile", index, attempt)
-        slide = _pick(self._slide_ends, rng)
-        scale = _pick(self._mpp_ends[slide], rng)
-        x, y = self._at(slide, scale).draw(rng)
-        return TileRequest(slide, x, y, self.mpps[scale])
+        wanted = np.flatnonzero(self._weights).tolist()
+        with ThreadPoolExecutor(threads, thread_name_prefix="positions") as pool:
+            for done, _ in enumerate(pool.map(self._at, wanted), start=1):
+                progress("positions", done, len(wanted))
 
-    def _at(self, slide: int, scale: int) -> Positions:
-        """Positions of a slide at a resolution, found when they are first needed."""
-        found = self._positions.get((slide, scale))
+    def _draw(self, step: int, first: int, last: int, attempt: int) -> list[TileRequest]:
+        """Round after round of numbers, until each place has a slide, a resolution and a good position."""
+        drawn: dict[int, TileRequest] = {}
+        chosen: dict[int, tuple[int, int, Positions]] = {}
+        waiting, ends = list(range(first, last)), self._slide_ends
+        for number in itertools.count():
+            if not waiting:
+                return [drawn[place] for place in range(first, last)]
+            numbers = self._numbers((step, attempt, number), first, last)
+            if number == _PATIENCE and len(chosen) < last - first:
+                ends = self._certain_ends()
+            for place in waiting:
+                if place not in chosen:
+                    slide_number, scale_number = numbers[place - first, :2].tolist()
+                    slide = int(ends.searchsorted(slide_number, side="right"))
+                    scale = self._scale(slide, scale_number)
+                    if scale:
+                        chosen[place] = slide, *scale
+            ready = [place for place in waiting if place in chosen]
+            if not ready:
+                continue
+            positions = numbers[np.array(ready) - first, 2 : None if number else 3]
+            found, x, y = draw([chosen[place][2] for place in ready], positions)
+            for place, good, left, top in zip(ready, found.tolist(), x.tolist(), y.tolist(), strict=True):
+                if good:
+                    slide, scale, _ = chosen[place]
+                    drawn[place] = TileRequest(slide, left, top, self.mpps[scale])
+            waiting = [place for place in waiting if place not in drawn]
+        raise AssertionError("unreachable")
+
+    def _numbers(self, path: tuple[int, int, int], first: int, last: int) -> NDArray[np.float64]:
+        """Numbers of a round, uniform in [0, 1), float64 [places, columns]; those of other places are skipped."""
+        columns = _COLUMNS << min(max(path[2] - 1, 0), _GROWTH)
+        rng = generator(self.seed, "tiles", *path)
+        assert isinstance(rng.bit_generator, np.random.Philox)  # noqa: S101 - it can skip, four numbers at a time
+        rng.bit_generator.advance(first * columns // 4)
+        return rng.random((last - first, columns))
+
+    def _scale(self, slide: int, number: float) -> tuple[int, Positions] | None:
+        """A resolution that the slide has, and the positions at it; None if it has none."""
+        found = self._at(slide)
         if found is None:
-            found = find_positions(self.slides[slide].mask, self._side(self.slides[slide], scale), self.min_tissue)
-            assert found is not None, "has_positions and find_positions disagree"  # noqa: S101
-            self._positions[slide, scale] = found
-        return found
+            return None
+        possible = found.possible
+        ends = self._mpp_ends.get(possible)
+        if ends is None:
+            ends = self._mpp_ends[possible] = _ends(self._mpp_weights * possible).tolist()
+        scale = bisect_right(ends, number)
+        positions = found.scales[scale]
+        assert positions is not None, "a resolution without positions has no weight"  # noqa: S101
+        return scale, positions
 
-    def _side(self, slide: SlideTissue, scale: int) -> float:
-        return level0_length(self.tile_size, self.mpps[scale], slide.mpp)
+    def _at(self, slide: int) -> SlidePositions | None:
+        """Positions on a slide; None if it has none, or its outlines cannot be read."""
+        if slide in self._lost:
+            return None
+        try:
+            found = self._store.get(slide)
+        except (GigatomeError, OSError) as error:
+            self._lose(slide, error)
+            return None
+        if any(found.possible):
+            return found
+        self._lose(slide, self._no_tile(self.slides[slide].name))
+        return None
 
-    def _possible(self, slide: SlideTissue, weights: np.ndarray) -> np.ndarray:
-        return np.array(
-            [
-                bool(weight)
-                and slide.mpp <= MAX_ENLARGEMENT * mpp
-                and has_positions(slide.mask, self._side(slide, scale), self.min_tissue)
-                for scale, (mpp, weight) in enumerate(zip(self.mpps, weights, strict=True))
-            ]
-        )
+    def _certain_ends(self) -> NDArray[np.float64]:
+        """As ``_slide_ends``, of the slides that certainly have a tile."""
+        self.find_all()
+        weights = self._weights.copy()
+        weights[list(self._lost)] = 0
+        if not weights.any():
+            raise self._nothing()
+        return _ends(weights)
 
-    def _failure(self, slide: SlideTissue) -> Failure:
-        return Failure.of(slide.name, "tiles", NoTissueError(slide.name, self._why()))
+    def _lose(self, slide: int, error: Exception) -> None:
+        """Leaves a slide out from now on."""
+        failure = Failure.of(self.slides[slide].name, "tiles", error)
+        with self._lock:
+            if slide in self._lost:
+                return
+            self._lost.add(slide)
+            self.failures.append(failure)
+        log.warning("%s: %s", failure.slide, failure.message)
 
-    def _why(self) -> str:
+    def _nothing(self) -> NoTissueError:
+        names = [self.slides[index].name for index in sorted(self._lost)]
+        return self._no_tile(", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""))
+
+    def _no_tile(self, name: str) -> NoTissueError:
         scales = ", ".join(f"{mpp:g}" for mpp in self.mpps)
-        return (
+        return NoTissueError(
+            name or "the cohort",
             f"no tile of {self.tile_size} px holds {self.min_tissue:.0%} of tissue at {scales} mpp; "
-            "use smaller tiles, a resolution that the slide has, or a lower min_tissue"
+            "use smaller tiles, a resolution that the slide has, or a lower min_tissue",
         )
 
 
-def _weights(given: Sequence[float] | None, count: int, name: str) -> np.ndarray:
+def possible_scales(
+    slides: Sequence[SlideTissue], tile_size: int, mpps: Sequence[float], min_tissue: float
+) -> NDArray[np.bool_]:
+    """Resolutions that a slide may have tiles at, bool [S, K], by its size and area alone; the outlines may say no."""
+    side = _sides(slides, tile_size, mpps)
+    mpp, least, area = np.array([(s.mpp, min(s.width, s.height), s.area) for s in slides]).T[:, :, None]
+    large_enough = (side <= least + 1e-6) & (area >= least_tissue(side, min_tissue))
+    return large_enough & (mpp <= MAX_ENLARGEMENT * np.array(mpps))
+
+
+def _sides(slides: Sequence[SlideTissue], tile_size: int, mpps: Sequence[float]) -> NDArray[np.float64]:
+    """Side of the tiles on each slide at each resolution, level-0 pixels, float64 [S, K]."""
+    return np.array([[level0_length(tile_size, mpp, slide.mpp) for mpp in mpps] for slide in slides])
+
+
+def _weights(given: Sequence[float] | NDArray[np.float64] | None, count: int, name: str) -> NDArray[np.float64]:
     weights = np.ones(count) if given is None else np.asarray(given, np.float64)
     if weights.shape != (count,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ValueError(f"{name} must be {count} numbers that are not negative and not all zero, not {given}")
     return weights
 
 
-def _ends(weights: np.ndarray) -> np.ndarray:
-    """Cumulative probabilities, for :func:`_pick`; zeros if all weights are zero."""
+def _ends(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cumulative probabilities; searched on the right side, they never give one of probability zero."""
     ends = np.cumsum(weights)
     return ends / ends[-1] if ends[-1] else ends
-
-
-def _pick(ends: np.ndarray, rng: np.random.Generator) -> int:
-    """Index drawn by its probability; never one of probability zero."""
-    return int(ends.searchsorted(rng.random(), side="right"))

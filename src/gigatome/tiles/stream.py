@@ -25,7 +25,9 @@ from gigatome.core.job import Job
 from gigatome.core.logs import Failure, Progress, log, silent
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.tiles.handles import OpenSlides
-from gigatome.tiles.sampler import SlideTissue, TileRequest, TileSampler
+from gigatome.tiles.position_store import SlideTissue
+from gigatome.tiles.sampler import TileRequest, TileSampler
+from gigatome.tiles.slide_weights import slide_weights
 from gigatome.tissue.mask import TissueMask
 from gigatome.tissue.segment import segment_cohort
 
@@ -157,11 +159,13 @@ class TileStream:
             count = len(self.cohort)
             raise CohortError(f"{self.cohort.source}: none of the {count} slides can be used; {_last(self.failures)}")
         self._indices = np.array(list(tissue), np.int64)
+        slides, labels = list(tissue.values()), [self.cohort.slides[index].labels for index in tissue]
         self._sampler = TileSampler(
-            list(tissue.values()), self.options.tile_size, self.options.mpp, self.options.mpp_weights,
-            "tissue" if self.options.slide_weights == "tissue" else None, self.options.min_tissue, seed,
+            slides, self.options.tile_size, self.options.mpp, self.options.mpp_weights,
+            slide_weights(self.options.slide_weights, slides, labels), self.options.min_tissue, seed,
         )  # fmt: skip
-        self.failures += self._sampler.failures
+        self._sampler.failures[:0] = self.failures
+        self.failures = self._sampler.failures  # one list: the sampler adds to it while it draws
         self._open = OpenSlides(self.cohort.slides, self.options.open_slides)
         self._unopenable: set[int] = set()
         self._lock = threading.Lock()
@@ -210,23 +214,25 @@ class TileStream:
             np.empty((count, 2), np.int64),
             np.empty(count, np.float64),
         )
-        return batch, [pool.submit(self._fill, batch, start) for start in range(0, count, _TASK)]
+        requests = self._sampler.requests(step, self.batch_size, self._first, self._first + count)
+        return batch, [pool.submit(self._fill, batch, requests, start) for start in range(0, count, _TASK)]
 
-    def _fill(self, batch: TileBatch, start: int) -> None:
+    def _fill(self, batch: TileBatch, requests: list[TileRequest], start: int) -> None:
         """Reads some tiles of a batch."""
         for place in range(start, min(start + _TASK, self._share)):
-            image, request = self._read(batch.step * self.batch_size + self._first + place)
+            image, request = self._read(batch.step, self._first + place, requests[place])
             batch.images[place] = image
             batch.slides[place] = self._indices[request.slide]
             batch.coords[place] = request.x, request.y
             batch.mpp[place] = request.mpp
 
-    def _read(self, index: int) -> tuple[NDArray[np.uint8], TileRequest]:
-        """The tile of an index: its first draw that can be read."""
+    def _read(self, step: int, place: int, request: TileRequest) -> tuple[NDArray[np.uint8], TileRequest]:
+        """The tile of a place: its first draw that can be read."""
         for attempt in range(_ATTEMPTS):
             if len(self._unopenable) == len(self._indices):
                 break
-            request = self._sampler.request(index, attempt)
+            if attempt:
+                request = self._sampler.request(step, place, attempt)
             slide = int(self._indices[request.slide])
             if slide in self._unopenable:
                 continue
@@ -259,7 +265,7 @@ class TileStream:
             tasks = [pool.submit(_resolution, slide, masks[slide.name]) for _, slide in entries]
             for (index, slide), task in zip(entries, tasks, strict=True):
                 try:
-                    tissue[index] = SlideTissue(slide.name, task.result(), masks[slide.name])
+                    tissue[index] = SlideTissue.of(slide.name, task.result(), masks[slide.name])
                 except (GigatomeError, OSError) as error:
                     log.warning("%s: %s", slide.name, error)
                     self.failures.append(Failure.of(slide.name, "tiles", error))

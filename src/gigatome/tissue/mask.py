@@ -28,6 +28,7 @@ from gigatome.tissue.area import AreaIndex
 OVERLAP_TOLERANCE = 1e-9
 """By this much a share of tissue may miss the minimum: what floating point loses on a tile that just has it."""
 
+_HEAD_BYTES = 4096  # of a file written here, in which all stands but the outlines
 _CLASSIFICATION = {"name": "Tissue", "color": [0, 170, 80]}
 _CRS = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::3857"}}  # means nothing; TRIDENT writes it
 _NOT_OUTLINES = ("detection", "cell", "tile")  # QuPath's objects that are measured, not drawn
@@ -82,7 +83,7 @@ class TissueMask:
     def overlap(self, x: ArrayLike, y: ArrayLike, side: float) -> NDArray[np.float64]:
         """Share of square tiles that is tissue; what lies outside the slide is not.
 
-        Exact to about 1e-9. Takes some microseconds a tile, 0.1 ms for a single one.
+        Exact to about 1e-9. Takes some microseconds a tile, 30 for a single one.
 
         Args:
             x: left edges [N] in level-0 pixels.
@@ -95,24 +96,18 @@ class TissueMask:
         if not side > 0:
             raise ValueError(f"a tile needs a positive side, not {side}")
         x0, y0 = np.broadcast_arrays(np.atleast_1d(np.asarray(x, float)), np.atleast_1d(np.asarray(y, float)))
-        return self.areas(x0, y0, x0 + side, y0 + side) / side**2
-
-    def areas(
-        self, x0: NDArray[np.float64], y0: NDArray[np.float64], x1: NDArray[np.float64], y1: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Area of tissue inside rectangles, float64 [N], from their edges in level-0 pixels, float64 [N] each."""
-        return self._index.area(x0, y0, x1, y1)
+        return self._index.area(x0, y0, x0 + side, y0 + side) / side**2
 
     @cached_property
     def _index(self) -> AreaIndex:
-        return AreaIndex(self.polygons)
+        return AreaIndex.of(self.polygons)
 
     def write(self, path: str | PathLike[str]) -> None:
         """Writes GeoJSON that QuPath and TRIDENT read; the same mask gives the same bytes."""
         document = {
             "type": "FeatureCollection",
             "crs": _CRS,
-            "gigatome": {"width": self.width, "height": self.height, "mpp": self.mpp, **self.note},
+            "gigatome": {"width": self.width, "height": self.height, "mpp": self.mpp, "area": self.area, **self.note},
             "features": [_feature(index, polygon) for index, polygon in enumerate(self.polygons)],
         }
         write_atomic(path, json.dumps(document, separators=(",", ":")))
@@ -140,10 +135,57 @@ class TissueMask:
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
             raise StoreError(f"{path}: is not GeoJSON with polygons; remove it to have it made again") from error
         stated = note.pop("width", None), note.pop("height", None)
+        note.pop("area", None)
         width, height = width or stated[0], height or stated[1]
         if not width or not height:
             raise StoreError(f"{path}: does not state the size of its slide; give width and height in level-0 pixels")
         return cls.of(geometries, width, height, mpp=note.pop("mpp", None), note=note)
+
+
+@final
+@dataclass(frozen=True)
+class TissueSize:
+    """How large a slide and its tissue are.
+
+    Attributes:
+        width: of the slide, level-0 pixels.
+        height: of the slide, level-0 pixels.
+        mpp: of the slide, µm per level-0 pixel; None if it is not known here.
+        area: of the tissue, level-0 pixels.
+    """
+
+    width: int
+    height: int
+    mpp: float | None
+    area: float
+
+    @classmethod
+    def of(cls, mask: TissueMask) -> "TissueSize":
+        """Of a mask."""
+        return cls(mask.width, mask.height, mask.mpp, mask.area)
+
+    @classmethod
+    def peek(cls, path: str | PathLike[str]) -> "TissueSize | None":
+        """What a file of :meth:`TissueMask.write` states before its outlines, which are not read; takes 30 µs.
+
+        Returns:
+            None if it does not, as a file of another tool; then :meth:`TissueMask.read` tells.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                head, features, _ = file.read(_HEAD_BYTES).partition(b',"features":')
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror or error})") from error
+        try:
+            stated = json.loads(head + b"}")["gigatome"] if features else {}
+            mpp = stated["mpp"]
+            area = float(stated["area"])
+            return cls(int(stated["width"]), int(stated["height"]), None if mpp is None else float(mpp), area)
+        except (ValueError, TypeError, KeyError):
+            return None
 
 
 def _feature(index: int, polygon: Polygon) -> dict[str, Any]:
