@@ -1,18 +1,24 @@
 import gc
 import itertools
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import shapely
 
+from gigatome import config
 from gigatome.core.errors import CohortError, ConfigError, DamagedSlideError, NoTissueError
 from gigatome.core.job import Job
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.slides.slide import Slide
 from gigatome.tiles.handles import OpenSlides
+from gigatome.tiles.pixel_filter import HsvFilter, keeps
 from gigatome.tiles.stream import StreamOptions, TileStream
+from gigatome.tiles.stream_report import StreamReport
 from gigatome.tissue.mask import TissueMask
+from range_server import serve
 
 OPTIONS = StreamOptions(tile_size=32, mpp=(0.5, 1.0), threads=2, prefetch=2)
 
@@ -31,7 +37,18 @@ def same(a, b):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("tiles")]
+    names = ("tiles", "plans", "slides", "fetch")
+    return [thread for thread in threading.enumerate() if thread.name.startswith(names)]
+
+
+def served(cohort):
+    """A web server with the slides of a cohort, and the cohort there."""
+    files = {Path(slide.uri).name: Path(slide.uri).read_bytes() for slide in cohort}
+
+    def remote(server):
+        return replace(cohort, slides=tuple(replace(s, uri=f"{server.url}/{Path(s.uri).name}") for s in cohort))
+
+    return serve(files), remote
 
 
 def test_batches_hold_the_tiles_they_say(cohort, masks):
@@ -135,16 +152,17 @@ def test_closing_dropping_and_interrupting_end_the_threads(cohort, masks):
     assert not threads()
 
     with stream:
-        take(stream, 1)
-        assert len(stream._open) > 0
-    assert len(stream._open) == 0
+        batches = stream.batches()
+        next(batches)
+        assert threads()
+    assert not threads()
     assert take(stream, 1)[0].step == 0  # and can be used again
 
 
 def test_only_so_many_batches_are_read_ahead(cohort, masks, monkeypatch):
     seen = []
-    real = Slide.read_tile
-    monkeypatch.setattr(Slide, "read_tile", lambda self, *a, **k: seen.append(a) or real(self, *a, **k))
+    real = Slide.plan_tile
+    monkeypatch.setattr(Slide, "plan_tile", lambda self, *a, **k: seen.append(a) or real(self, *a, **k))
     batches = TileStream(cohort, OPTIONS, batch_size=8, seed=0, masks=masks, prefetch=3).batches()
     next(batches)
     batches.close()
@@ -152,7 +170,7 @@ def test_only_so_many_batches_are_read_ahead(cohort, masks, monkeypatch):
 
 
 def test_tiles_that_cannot_be_read_are_replaced_the_same_way_every_time(cohort, masks, monkeypatch, caplog):
-    real = Slide.read_tile
+    real = Slide.plan_tile
 
     def read(self, x, y, tile_size, mpp, **options):
         if self.name == "s1" and x < 800:
@@ -160,8 +178,9 @@ def test_tiles_that_cannot_be_read_are_replaced_the_same_way_every_time(cohort, 
         return real(self, x, y, tile_size, mpp, **options)
 
     healthy = take(TileStream(cohort, OPTIONS, batch_size=32, seed=0, masks=masks), 4)
-    monkeypatch.setattr(Slide, "read_tile", read)
-    streams = [TileStream(cohort, OPTIONS, batch_size=32, seed=0, masks=masks, threads=n) for n in (1, 6)]
+    monkeypatch.setattr(Slide, "plan_tile", read)
+    options = replace(OPTIONS, quarantine=1000)
+    streams = [TileStream(cohort, options, batch_size=32, seed=0, masks=masks, threads=n) for n in (1, 6)]
     one, six = (take(stream, 4) for stream in streams)
     assert all(map(same, one, six))
     replaced = 0
@@ -243,3 +262,117 @@ def test_few_slides_stay_open(cohort):
         assert again is first
     slides.close()
     assert len(slides) == 0
+
+
+def bad_everywhere(name):
+    real = Slide.plan_tile
+
+    def plan(self, *arguments, **options):
+        if self.name == name:
+            raise DamagedSlideError(self.uri, "a chunk is damaged")
+        return real(self, *arguments, **options)
+
+    return plan
+
+
+def test_a_slide_of_many_bad_tiles_is_given_up_at_the_same_step_and_after_a_restart(cohort, masks, monkeypatch):
+    plan, tried = bad_everywhere("s1"), []
+    monkeypatch.setattr(Slide, "plan_tile", lambda self, *a, **k: tried.append(self.name) or plan(self, *a, **k))
+    streams = [
+        TileStream(cohort, OPTIONS, batch_size=16, seed=0, masks=masks, threads=n, prefetch=2, quarantine=6)
+        for n in (1, 5)
+    ]
+    runs = [take(stream, 8) for stream in streams]
+    assert all(map(same, *runs))
+    state = streams[0].state()
+    assert state == streams[1].state()
+    assert 6 <= len(state["s1"]) < 30  # it was not tried again and again
+    assert tried.count("s1") == 2 * len(state["s1"])
+    resumed = TileStream(cohort, OPTIONS, batch_size=16, seed=0, masks=masks, prefetch=2, quarantine=6)
+    resumed.restore({"s1": [step for step in state["s1"] if step < 5]})
+    tried.clear()
+    assert all(map(same, take(resumed, 3, start=5), runs[0][5:]))
+    assert "s1" not in tried
+
+
+def test_workers_share_the_batches_of_a_rank(cohort, masks):
+    alone = take(TileStream(cohort, OPTIONS, batch_size=8, seed=0, masks=masks), 6)
+    stream = TileStream(cohort, OPTIONS, batch_size=8, seed=0, masks=masks)
+    shares = [list(itertools.islice(stream.batches(worker=w, workers=2), 3)) for w in range(2)]
+    assert all(map(same, alone, itertools.chain(*zip(*shares, strict=True))))
+    with pytest.raises(ValueError, match="below workers"):
+        next(stream.batches(worker=2, workers=2))
+
+
+def test_the_pixel_filter_has_other_tiles_drawn(cohort, masks):
+    wanted = HsvFilter(hue=(0, 180), saturation=(0, 255), value=(120, 255), share=0.5)
+    plain = take(TileStream(cohort, OPTIONS, batch_size=16, seed=0, masks=masks), 2)
+    passes = [[keeps(image, wanted) for image in batch.images] for batch in plain]
+    assert 0 < sum(map(sum, passes)) < 32
+    stream = TileStream(cohort, OPTIONS, batch_size=16, seed=0, masks=masks, hsv=config.to_dict(wanted))
+    for before, after, good in zip(plain, take(stream, 2), passes, strict=True):
+        assert all(keeps(image, wanted) for image in after.images)
+        assert np.array_equal(before.images[good], after.images[good])
+    assert stream.report().filtered >= 32 - sum(map(sum, passes))
+
+
+def test_priors_of_a_column(cohort, masks):
+    labelled = replace(cohort, slides=tuple(replace(s, labels={"kind": s.name[-1]}) for s in cohort))
+    stream = TileStream(
+        labelled, OPTIONS, batch_size=64, masks=masks, slide_weights="column:kind", slide_priors={"0": 1, "2": 3}
+    )
+    drawn = np.concatenate([batch.slides for batch in take(stream, 4)])
+    assert set(drawn) == {0, 2}
+    assert 0.6 < (drawn == 2).mean() < 0.9
+
+
+def test_remote_slides_give_the_same_batches(cohort, masks):
+    serving, remote = served(cohort)
+    with serving as server:
+        stream = TileStream(remote(server), OPTIONS, batch_size=16, seed=0, masks=masks)
+        assert all(map(same, take(stream, 3), take(TileStream(cohort, OPTIONS, batch_size=16, masks=masks), 3)))
+        report = stream.report()
+    assert report.network > 0
+    assert report.disk == 0
+    assert not threads()
+
+
+def test_a_remote_slide_that_may_no_longer_be_read_is_replaced(cohort, masks):
+    serving, remote = served(cohort)
+    with serving as server:
+        stream = TileStream(remote(server), OPTIONS, batch_size=8, seed=0, masks=masks, prefetch=1)
+        batches = stream.batches()
+        next(batches)
+        server.faults["s1.tif"] = 403
+        for _ in range(3):
+            assert not (next(batches).slides == 1).any()
+        batches.close()
+    assert [failure.slide for failure in stream.failures] == ["s1"]
+    assert "403" in stream.failures[0].message
+
+
+def test_the_report_counts_what_was_done(cohort, masks):
+    stream = TileStream(cohort, OPTIONS, batch_size=16, seed=0, masks=masks)
+    take(stream, 3)
+    report = stream.report()
+    assert (report.batches, report.tiles, report.threads) == (3, 48, OPTIONS.threads)
+    assert report.opened == len(cohort)
+    assert report.decoding > 0
+    assert 0 < report.waited <= report.seconds
+
+
+@pytest.mark.parametrize(
+    ("limit", "numbers"),
+    [
+        ("consumer", {"waited": 0.1, "decoding": 9.0}),
+        ("decoding", {"waited": 9.0, "decoding": 17.0, "disk": 1.0}),
+        ("disk", {"waited": 9.0, "decoding": 4.0, "disk": 15.0}),
+        ("network", {"waited": 9.0, "decoding": 6.0, "network": 9.5, "opening": 2.0}),
+        ("opening", {"waited": 9.0, "decoding": 6.0, "network": 1.0, "opening": 9.0}),
+        ("planning", {"waited": 9.0, "decoding": 6.0, "planning": 18.0, "opening": 9.0}),
+    ],
+)
+def test_the_limit_is_named(limit, numbers):
+    report = StreamReport(seconds=10.0, threads=2, batches=10, tiles=640, **numbers)
+    assert report.limit == limit
+    assert report.sentence().startswith("64 tiles/s: ")

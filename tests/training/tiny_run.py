@@ -40,6 +40,12 @@ class TinyStream:
     size: int = 40
     end: int | None = None
 
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        assert state == {}
+
     def batches(self, start_step: int = 0) -> Iterator[TinyBatch]:
         y, x = np.mgrid[: self.size, : self.size] / self.size
         step = start_step

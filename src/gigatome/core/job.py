@@ -61,6 +61,11 @@ class Job:
         return self.path / "contours_geojson" / f"{slide}.geojson"
 
     @property
+    def positions(self) -> Path:
+        """Folder of the positions that tiles may be drawn from, one file a slide and kind of tile."""
+        return self.path / "positions"
+
+    @property
     def failures(self) -> Path:
         """Table of the slides that could not be processed."""
         return self.path / "failures.csv"

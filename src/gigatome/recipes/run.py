@@ -9,7 +9,7 @@ from gigatome import config
 from gigatome.blob.store import write_atomic
 from gigatome.core.errors import RunError
 from gigatome.core.job import Job
-from gigatome.core.logs import Failure, Progress, silent, write_failures
+from gigatome.core.logs import Failure, Progress, log, silent, write_failures
 from gigatome.encoders.device import usable_device
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
@@ -17,7 +17,6 @@ from gigatome.recipes.schema import Recipe
 from gigatome.selfsup.dino import Dino
 from gigatome.slides.cohort import Cohort
 from gigatome.tiles.stream import TileStream
-from gigatome.tissue.segment import segment_cohort
 from gigatome.training.loop import fit
 
 
@@ -74,12 +73,19 @@ def train(
     usable_device(recipe.fit.device)
     method = build_method(recipe)
     _claim(out, recipe, cohort, resume)
-    masks, failures = segment_cohort(cohort, Job(Path(job) if job else out), progress=progress)
-    stream = TileStream(cohort, recipe.tiles, batch_size=recipe.fit.batch_size, seed=recipe.fit.seed, masks=masks)
+    stream = TileStream(
+        cohort,
+        recipe.tiles,
+        batch_size=recipe.fit.batch_size,
+        seed=recipe.fit.seed,
+        job=Job(Path(job) if job else out),
+        progress=progress,
+    )
     result = fit(method, stream, recipe.fit, out, resume=resume, identity=recipe.identity(), progress=progress)
-    failures = [*failures, *stream.failures]
-    write_failures(out / "failures.csv", failures)
-    return Run(out, recipe, result.step, not result.preempted, tuple(failures))
+    stream.close()
+    log.info("%s", stream.report().sentence())
+    write_failures(out / "failures.csv", stream.failures)
+    return Run(out, recipe, result.step, not result.preempted, tuple(stream.failures))
 
 
 def plan(recipe: Recipe, data: Cohort | str | Path) -> dict[str, object]:

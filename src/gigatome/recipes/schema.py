@@ -76,7 +76,7 @@ class Recipe:
         parts = {
             key: config.to_dict(getattr(self, key)) for key in ("method", "level", "encoder", "tiles", "dino", "fit")
         }
-        for key in ("threads", "prefetch", "open_slides"):
+        for key in ("threads", "prefetch", "open_slides", "in_flight"):
             parts["tiles"].pop(key)
         for key in ("save_every", "log_every", "evaluate_every", "keep", "device"):
             parts["fit"].pop(key)

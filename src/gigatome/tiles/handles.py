@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import final
@@ -27,16 +27,16 @@ class OpenSlides:
     Args:
         slides: the slides, by index.
         limit: how many to keep open.
+        opened: called after each opening.
     """
 
-    def __init__(self, slides: Sequence[CohortSlide], limit: int):
-        self._slides, self._limit = slides, limit
+    def __init__(self, slides: Sequence[CohortSlide], limit: int, opened: Callable[[], None] = lambda: None):
+        self._slides, self._limit, self._opened = slides, limit, opened
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
         self._lock = threading.Lock()
 
-    @contextmanager
-    def use(self, index: int) -> Iterator[Slide]:
-        """Context with a slide open; raises what opening it raises."""
+    def acquire(self, index: int) -> Slide:
+        """A slide, open until :meth:`release`; raises what opening it raises, and then need not be released."""
         with self._lock:
             handle = self._handles.setdefault(index, _Handle())
             self._handles.move_to_end(index)
@@ -45,17 +45,39 @@ class OpenSlides:
             with handle.opening:
                 if handle.slide is None:
                     handle.slide = self._slides[index].open()
-            yield handle.slide
+                    self._opened()
+            return handle.slide
+        except BaseException:
+            self.release(index)
+            raise
+
+    def release(self, index: int) -> None:
+        """Gives back what one :meth:`acquire` gave."""
+        with self._lock:
+            self._handles[index].users -= 1
+            idle = self._evict(self._limit)
+        for slide in idle:
+            slide.close()
+
+    @contextmanager
+    def use(self, index: int) -> Iterator[Slide]:
+        """Context with a slide open; raises what opening it raises."""
+        slide = self.acquire(index)
+        try:
+            yield slide
         finally:
-            with self._lock:
-                handle.users -= 1
-                idle = self._evict(self._limit)
-            for slide in idle:
-                slide.close()
+            self.release(index)
+
+    def is_open(self, index: int) -> bool:
+        """Whether a slide is open now."""
+        handle = self._handles.get(index)
+        return handle is not None and handle.slide is not None
 
     def close(self) -> None:
-        """Closes all slides that nobody uses; later use opens them again."""
+        """Closes all slides; nobody may use one any more. Later use opens them again."""
         with self._lock:
+            for handle in self._handles.values():
+                handle.users = 0
             idle = self._evict(0)
         for slide in idle:
             slide.close()

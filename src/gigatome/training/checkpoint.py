@@ -43,6 +43,7 @@ class Checkpoint:
         torch: version of PyTorch that wrote it.
         files: size in bytes and SHA-256 of each file of tensors.
         random: states of the generators, as of :func:`random_state`.
+        stream: state of the stream of tiles.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Checkpoint:
     torch: str
     files: Mapping[str, tuple[int, str]]
     random: Mapping[str, Any]
+    stream: Mapping[str, list[int]]
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Tensors of one group, on the CPU; raises :class:`RunError` if the file is not as it was written."""
@@ -65,7 +67,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], *, identity: str, keep: int
+    folder: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    *,
+    identity: str,
+    keep: int,
+    stream: Mapping[str, list[int]] | None = None,
 ) -> Path:
     """Writes a checkpoint, then removes all but the last ``keep``.
 
@@ -75,6 +83,7 @@ def save_checkpoint(
         groups: tensors of each file, such as ``{"model": …, "optimizer": …}``.
         identity: of the run.
         keep: how many to keep, at least 1.
+        stream: state of the stream of tiles.
 
     Returns:
         The checkpoint's folder.
@@ -96,6 +105,7 @@ def save_checkpoint(
             "gigatome": __version__,
             "files": {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())},
             "random": random_state(),
+            "stream": dict(stream or {}),
         }
         (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -123,7 +133,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         files = {name: (int(size), str(digest)) for name, (size, digest) in state["files"].items()}
-        return Checkpoint(path, int(state["step"]), state["identity"], state["torch"], files, state["random"])
+        return Checkpoint(
+            path, int(state["step"]), state["identity"], state["torch"], files, state["random"], state.get("stream", {})
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path / _STATE}: cannot be read ({error}); {_way_out(path)}") from error
 

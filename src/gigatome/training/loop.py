@@ -126,6 +126,14 @@ class Stream(Protocol):
         """Batches of the steps from ``start_step`` on."""
         ...
 
+    def state(self) -> Mapping[str, list[int]]:
+        """What the batches depend on beside their number, as JSON holds it; kept in checkpoints."""
+        ...
+
+    def restore(self, state: Mapping[str, list[int]]) -> None:
+        """Takes up the state of the run before."""
+        ...
+
 
 class Method(Protocol):
     """What is learnt: an ``nn.Module`` that turns tiles into views and views into a loss."""
@@ -248,6 +256,7 @@ def fit(
         if last:
             _load(last, method, optimizer, names)
             first = last.step
+            stream.restore(last.stream)
             log.info("resuming %s at step %d of %d", out, first, steps)
 
         meter = Meter(device)
@@ -298,7 +307,9 @@ def fit(
                 metrics.write(line)
             if saving:
                 groups = {"model": method.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
-                checkpoints.save_checkpoint(out / "checkpoints", done, groups, identity=identity, keep=options.keep)
+                checkpoints.save_checkpoint(
+                    out / "checkpoints", done, groups, identity=identity, stream=stream.state(), keep=options.keep
+                )
             progress("train", done, steps)
             if stopping:
                 log.warning("%s: stopped by %s at step %d of %d", out, interrupts.seen, done, steps)

@@ -1,0 +1,292 @@
+"""Batches on their way: each tile is drawn, its slide opened, its bytes fetched and decoded, by threads, out of order.
+
+A place of a batch goes round until it holds a tile: what cannot be read, or is refused by the pixel filter, is drawn
+anew with the next attempt. Which tile a place gets so depends on the slides alone, not on threads or timing.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigatome.blob.fetch import Fetcher
+from gigatome.core.errors import GigatomeError
+from gigatome.slides.slide import Slide, TilePlan
+from gigatome.tiles.draws import Draws
+from gigatome.tiles.handles import OpenSlides
+from gigatome.tiles.sampler import TileRequest
+from gigatome.tiles.stream_report import Stopwatches
+
+_TASK = 8  # tiles that a thread decodes before it takes new work
+_OPENING = 16  # slides opened at a time: most of the time is spent waiting
+_ATTEMPTS = 1000  # draws for one place before the slides are given up
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TileBatch:
+    """One batch of tiles.
+
+    Attributes:
+        step: number of the batch.
+        images: uint8 [B, H, W, 3].
+        slides: int64 [B], index of each tile's slide in the cohort.
+        coords: int64 [B, 2], x and y of its top-left corner in level-0 pixels.
+        mpp: float64 [B], µm per pixel.
+    """
+
+    step: int
+    images: NDArray[np.uint8]
+    slides: NDArray[np.int64]
+    coords: NDArray[np.int64]
+    mpp: NDArray[np.float64]
+
+
+@final
+@dataclass(eq=False)
+class Pending:
+    """A batch that is being filled.
+
+    Attributes:
+        batch: whole once ``done`` is.
+        left: places that are not filled yet.
+        done: says when; or raises what keeps the batch from being filled.
+    """
+
+    batch: TileBatch
+    left: int
+    done: Future[None] = field(default_factory=Future)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(eq=False)
+class _Tile:
+    """One place of a batch on its way."""
+
+    place: int
+    request: TileRequest
+    attempt: int
+    plan: TilePlan | None = None
+    data: Sequence[bytes] | None = None
+
+
+@final
+class Pipeline:
+    """Fills batches; to be closed.
+
+    Args:
+        draws: which tile belongs where.
+        slides: the slides of the cohort; closed with the pipeline.
+        watches: that times are added to.
+        tile_size: side of a tile in pixels.
+        dct_scaling: see :meth:`Slide.read`.
+        threads: that decode.
+        in_flight: requests under way at a time.
+        lag: a batch is begun when that many before it may not be whole.
+    """
+
+    def __init__(
+        self,
+        draws: Draws,
+        slides: OpenSlides,
+        watches: Stopwatches,
+        *,
+        tile_size: int,
+        dct_scaling: bool,
+        threads: int,
+        in_flight: int,
+        lag: int,
+    ):
+        self._draws, self._slides, self._watches = draws, slides, watches
+        self._size, self._dct_scaling, self._in_flight, self._lag = tile_size, dct_scaling, in_flight, lag
+        self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="tiles")
+        self._planning = ThreadPoolExecutor(threads, thread_name_prefix="plans")
+        self._opening = ThreadPoolExecutor(_OPENING, thread_name_prefix="slides")
+        self._fetching: Fetcher | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(self, step: int, count: int) -> Pending:
+        """Begins a batch of ``count`` tiles; its ``done`` says when it is whole, or raises."""
+        size = self._size
+        batch = TileBatch(
+            step,
+            np.empty((count, size, size, 3), np.uint8),
+            np.empty(count, np.int64),
+            np.empty((count, 2), np.int64),
+            np.empty(count, np.float64),
+        )
+        pending = Pending(batch, count)
+        self._run(self._planning, pending, self._begin)
+        return pending
+
+    def close(self) -> None:
+        """Stops; batches that are not whole stay so."""
+        with self._lock:
+            self._closed = True
+        for pool in (self._planning, self._opening, self._decoding):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if self._fetching is not None:
+            self._fetching.close()
+        for pool in (self._planning, self._opening, self._decoding):
+            pool.shutdown(wait=True)
+        self._slides.close()
+
+    def _run(self, pool: ThreadPoolExecutor, pending: Pending, work: Callable, *arguments: object) -> None:
+        """Has a pool do some work for a batch; whatever it raises is raised to who waits for the batch."""
+
+        def guarded() -> None:
+            try:
+                work(pending, *arguments)
+            except BaseException as error:
+                _fail(pending, error)
+
+        with self._lock:
+            if not self._closed:
+                pool.submit(guarded)
+
+    def _begin(self, pending: Pending) -> None:
+        with self._watches.time("planning"):
+            requests = self._draws.draw(pending.batch.step)
+        self._read(pending, [_Tile(place, request, 0) for place, request in enumerate(requests)])
+
+    def _read(self, pending: Pending, tiles: Sequence[_Tile]) -> None:
+        """Opens the slides of some tiles, then has the bytes fetched and the tiles decoded."""
+        by_slide: dict[int, list[_Tile]] = defaultdict(list)
+        again = []
+        for tile in tiles:
+            if self._draws.given_up(tile.request.slide, pending.batch.step - self._lag):
+                again.append(tile)
+            else:
+                by_slide[tile.request.slide].append(tile)
+        opened = self._open(list(by_slide))
+        ready: list[_Tile] = []
+        with self._watches.time("planning"):
+            for index, group in by_slide.items():
+                slide = opened[index]
+                for number, tile in enumerate(group):
+                    try:
+                        if isinstance(slide, Exception):
+                            raise slide
+                        if number:
+                            self._slides.acquire(index)  # each tile gives its slide back by itself
+                        tile.plan = self._plan(slide, tile.request)
+                        ready.append(tile)
+                    except (GigatomeError, OSError) as error:
+                        if not isinstance(slide, Exception):
+                            self._slides.release(index)
+                        unopenable = isinstance(slide, Exception)
+                        self._draws.failed(index, pending.batch.step, error, unopenable=unopenable)
+                        again.append(tile)
+        self._fetch(pending, ready)
+        self._again(pending, again)
+
+    def _open(self, indices: Sequence[int]) -> dict[int, Slide | Exception]:
+        def acquire(index: int) -> Slide | Exception:
+            try:
+                return self._slides.acquire(index)
+            except (GigatomeError, OSError) as error:
+                return error
+
+        with self._watches.time("opening"):
+            missing = [index for index in indices if not self._slides.is_open(index)]
+            if len(missing) < 2:
+                return {index: acquire(index) for index in indices}
+            found = dict(zip(missing, self._opening.map(acquire, missing), strict=True))
+            return {index: found[index] if index in found else acquire(index) for index in indices}
+
+    def _plan(self, slide: Slide, request: TileRequest) -> TilePlan:
+        return slide.plan_tile(
+            request.x, request.y, self._size, request.mpp, exact=False, dct_scaling=self._dct_scaling
+        )
+
+    def _fetch(self, pending: Pending, tiles: Sequence[_Tile]) -> None:
+        """Has the tiles decoded: those of local slides at once, the others when their bytes are there."""
+        remote = [tile for tile in tiles if tile.plan and tile.plan.blob and tile.plan.blob.handle < 0]
+        local = [tile for tile in tiles if tile not in remote] if remote else list(tiles)
+        for first in range(0, len(local), _TASK):
+            self._run(self._decoding, pending, self._decode, local[first : first + _TASK])
+        if not remote:
+            return
+        wanted = [(tile.plan.blob, tile.plan.ranges) for tile in remote if tile.plan and tile.plan.blob]
+        for tile, future in zip(remote, self._fetcher().fetch(wanted), strict=True):
+            self._watches.request(1)
+            future.add_done_callback(lambda future, tile=tile: self._arrived(pending, tile, future))
+
+    def _fetcher(self) -> Fetcher:
+        with self._lock:
+            if self._fetching is None:
+                self._fetching = Fetcher(self._in_flight)
+            return self._fetching
+
+    def _arrived(self, pending: Pending, tile: _Tile, future: Future[list[bytes]]) -> None:
+        self._watches.request(-1)
+        if not future.cancelled():
+            self._run(self._decoding, pending, self._take, tile, future)
+
+    def _take(self, pending: Pending, tile: _Tile, future: Future[list[bytes]]) -> None:
+        try:
+            tile.data = future.result()
+        except (GigatomeError, OSError) as error:
+            self._slides.release(tile.request.slide)
+            self._draws.failed(tile.request.slide, pending.batch.step, error, unopenable=False)
+            self._again(pending, [tile])
+        else:
+            self._decode(pending, [tile])
+
+    def _decode(self, pending: Pending, tiles: Sequence[_Tile]) -> None:
+        batch, again, disk = pending.batch, [], 0.0
+        start = perf_counter()
+        for tile in tiles:
+            assert tile.plan is not None  # noqa: S101 - planned before
+            request, image = tile.request, batch.images[tile.place]
+            try:
+                tile.plan.read(tile.data, image)
+            except (GigatomeError, OSError) as error:
+                self._draws.failed(request.slide, batch.step, error, unopenable=False)
+                again.append(tile)
+                continue
+            finally:
+                disk += tile.plan.waited
+                self._slides.release(request.slide)
+            if not self._draws.keeps(image, tile.attempt):
+                self._watches.add(filtered=1)
+                again.append(tile)
+                continue
+            batch.slides[tile.place] = request.slide
+            batch.coords[tile.place] = request.x, request.y
+            batch.mpp[tile.place] = request.mpp
+        self._watches.add(disk=disk, decoding=perf_counter() - start - disk)
+        with pending.lock:
+            pending.left -= len(tiles) - len(again)
+            whole = pending.left == 0
+        if whole and not pending.done.done():
+            pending.done.set_result(None)
+        self._again(pending, again)
+
+    def _again(self, pending: Pending, tiles: Sequence[_Tile]) -> None:
+        """Draws other tiles for places that did not get one."""
+        if tiles:
+            self._run(self._planning, pending, self._redraw, list(tiles))
+
+    def _redraw(self, pending: Pending, tiles: Sequence[_Tile]) -> None:
+        with self._watches.time("planning"):
+            fresh = []
+            for tile in tiles:
+                attempt = tile.attempt + 1
+                if attempt == _ATTEMPTS:
+                    raise self._draws.exhausted()
+                fresh.append(_Tile(tile.place, self._draws.redraw(pending.batch.step, tile.place, attempt), attempt))
+        self._read(pending, fresh)
+
+
+def _fail(pending: Pending, error: BaseException) -> None:
+    with pending.lock:
+        if not pending.done.done():
+            pending.done.set_exception(error)
