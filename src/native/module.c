@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { IDLE_WORKSPACES = 64 };
@@ -78,6 +79,7 @@ typedef struct {
     uint8_t *status; /* of each chunk of each tile: 0 placed, 1 left out of the file, 2 not decoded */
     int64_t status_count;
     int failure; /* errno of the file, or -1 if it ended early */
+    double waited; /* seconds in which the file was read */
 } Batch;
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -105,6 +107,12 @@ static int read_fully(Batch *batch, uint8_t *out, size_t size, uint64_t offset) 
     return 1;
 }
 
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
 /* The bytes of chunks [first, last) of a row, which lie one behind the other, by one read. */
 static int64_t read_run(Batch *batch, uint8_t **memory, size_t *size, int64_t first, int64_t last) {
     int64_t end = first + 1;
@@ -115,7 +123,10 @@ static int64_t read_run(Batch *batch, uint8_t **memory, size_t *size, int64_t fi
         batch->failure = ENOMEM;
         return -1;
     }
-    return read_fully(batch, *memory, total, offset_of(batch, first)) ? end : -1;
+    double start = now();
+    int whole = read_fully(batch, *memory, total, offset_of(batch, first));
+    batch->waited += now() - start;
+    return whole ? end : -1;
 }
 
 static int decode_into(Batch *batch, Workspace *workspace, int64_t tile, int64_t row, int64_t column,
@@ -212,7 +223,7 @@ static int64_t count_present(const Batch *batch) {
 }
 
 static int shape_is(const Py_buffer *view, int dimensions, Py_ssize_t item) {
-    return view->ndim == dimensions && view->itemsize == item;
+    return view->ndim == dimensions && view->itemsize == item && (uintptr_t)view->buf % (size_t)item == 0;
 }
 
 static int take_arrays(Batch *batch, const Py_buffer views[4]) {
@@ -242,7 +253,7 @@ static PyObject *run_with_status(Batch *batch) {
     run_batch(batch, workspace);
     Py_END_ALLOW_THREADS
     give_workspace(workspace);
-    if (!batch->failure) return status;
+    if (!batch->failure) return Py_BuildValue("(Nd)", status, batch->waited);
     Py_DECREF(status);
     if (batch->failure == ENOMEM) return PyErr_NoMemory();
     if (batch->failure < 0)
@@ -272,7 +283,12 @@ static PyObject *run_with_chunks(Batch *batch, PyObject *source) {
         if (failed) break;
     }
     batch->chunks = views;
-    if (taken == count) result = run_with_status(batch);
+    if (taken == count) {
+        if (check_spans(batch) && count == count_present(batch))
+            result = run_with_status(batch);
+        else
+            PyErr_SetString(PyExc_ValueError, "the arrays changed while the chunks were taken");
+    }
     while (taken) PyBuffer_Release(&views[--taken]);
     free(views);
     return result;
@@ -291,7 +307,8 @@ PyDoc_STRVAR(read_tiles_doc,
              "    out: uint8 [N, H, W, 3], written.\n"
              "    shrink: 0 to 3; the sides of the chunks are divisible by 1 << shrink.\n\n"
              "Returns:\n"
-             "    bytes, one for each chunk of each window: 0 placed, 1 left out of the file, 2 not decoded.\n\n"
+             "    bytes, one for each chunk of each window: 0 placed, 1 left out of the file, 2 not decoded;\n"
+             "    and the seconds in which the file was read.\n\n"
              "Raises:\n"
              "    OSError: the file cannot be read.\n"
              "    EOFError: it ends within a chunk.\n"

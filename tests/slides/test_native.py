@@ -48,7 +48,7 @@ def read(chunks, shape, corner, size, *, rgb=False, shrink=1, tables=NO_TABLES):
     rows = range(corner[1] // side_y, (corner[1] + size[1] - 1) // side_y + 1)
     columns = range(corner[0] // side_x, (corner[0] + size[0] - 1) // side_x + 1)
     data = [chunks[row][column] for row in rows for column in columns if chunks[row][column]]
-    status = NATIVE.read_tiles(
+    status, _ = NATIVE.read_tiles(
         NATIVE.Tables(tables),
         data,
         np.zeros_like(counts),

@@ -1,6 +1,7 @@
 """What every slide reader gives, and the reader for TIFF files that gigatome decodes itself."""
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -148,7 +149,7 @@ class TiffReader:
 
     def read_into(
         self, output: np.ndarray, level: int, x: int, y: int, shrink: int = 1, data: Sequence[bytes] | None = None
-    ) -> None:
+    ) -> float:
         """As :meth:`read_level`, into ``output`` uint8 [height, width, 3], contiguous.
 
         Args:
@@ -158,18 +159,24 @@ class TiffReader:
             y: top edge.
             shrink: one of the level's ``shrinks``.
             data: the bytes of :meth:`ranges`, if they have been fetched.
+
+        Returns:
+            Seconds in which the file was read.
         """
         height, width = output.shape[:2]
         index, chunk = self.index.levels[level], self._formats[level]
         direct = chunk.native is not None and not index.coding.header
+        status, waited = None, 0.0
         if data is None and not (direct and self.blob.handle >= 0):
+            start = time.perf_counter()
             data = self.blob.read_ranges(self.ranges(level, x, y, width, height, shrink))
-        status = None
+            waited = time.perf_counter() - start
         if direct:
-            status = self._read_native(output, index, chunk, x, y, shrink, data)
-            if not any(status):
-                return
-        self._read_slowly(output, level, x, y, shrink, data, status)
+            status, seconds = self._read_native(output, index, chunk, x, y, shrink, data)
+            waited += seconds
+        if status is None or any(status):
+            self._read_slowly(output, level, x, y, shrink, data, status)
+        return waited
 
     def _read_native(
         self,
@@ -180,8 +187,8 @@ class TiffReader:
         y: int,
         shrink: int,
         data: Sequence[bytes] | None,
-    ) -> bytes:
-        """Decodes in C; what became of each chunk."""
+    ) -> tuple[bytes, float]:
+        """Decodes in C; what became of each chunk, and the seconds in which the file was read."""
         source = self.blob.handle if data is None else data
         kind = (chunk.width, chunk.height, chunk.components, index.coding.photometric == RGB)
         corners = np.array([[x, y]], np.int64)

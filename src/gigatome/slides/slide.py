@@ -242,11 +242,13 @@ class TilePlan:
             one step.
         ranges: offset and length of what it needs of ``blob``.
         inside: whether all of the tile lies on the slide; the rest of it is white.
+        waited: seconds in which :meth:`read` read the file, as far as that can be told from decoding.
     """
 
     def __init__(self, reader: LevelReader, view: _View):
         self._reader, self._view = reader, view
         self._window = window(view.size, view.extent, view.x, view.y) if one_block(view.x, view.y) else None
+        self.waited = 0.0
         self.inside = view.x.within(view.extent[0]) and view.y.within(view.extent[1])
         self.blob: Blob | None = reader.blob if isinstance(reader, TiffReader) and self._window is not None else None
 
@@ -278,7 +280,7 @@ class TilePlan:
             output[:] = resample(partial(_read, reader, view), view.size, view.extent, view.x, view.y)
             return output
         pixels = output if part.as_read else np.empty((part.height, part.width, 3), np.uint8)
-        reader.read_into(pixels, view.level, part.x, part.y, view.shrink, data)
+        self.waited = reader.read_into(pixels, view.level, part.x, part.y, view.shrink, data)
         return part.render(pixels, output)
 
 
