@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gigatome.core.version import __version__
+from gigatome.slides.native import NATIVE
 
 _PARTS = (
     # distribution, extra (None: always installed), what it gives
@@ -17,7 +18,8 @@ _PARTS = (
     ("imagecodecs", None, "decodes JPEG 2000, LZW and deflate chunks"),
     ("tifffile", None, "reads OME-TIFF and unusual TIFF"),
     ("obstore", None, "reads s3://, gs://, az:// and https://"),
-    ("openslide-python", "openslide", "reads NDPI, MRXS, SCN, BIF, DICOM and other formats that are not plain TIFF"),
+    ("openslide-python", "openslide", "reads MRXS, SCN, DICOM and other formats that are not read directly"),
+    ("zarr", "zarr", "shows slides and cohorts as Zarr"),
     ("torch", "learn", "trains and runs encoders"),
     ("timm", "learn", "the ViT architectures"),
     ("safetensors", "learn", "checkpoints and weights"),
@@ -40,6 +42,7 @@ def doctor() -> None:
             missing.add(extra or "")
             version = f"missing: pip install 'gigatome{f'[{extra}]' if extra else ''}'"
         table.add_row(name, version.replace("[", r"\["), gives)
+    table.add_row("C extension", *_extension())
     console.print(table)
     console.print(f"devices: {', '.join(_devices())}", highlight=False)
     if "" in missing:
@@ -52,6 +55,15 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _extension() -> tuple[str, str]:
+    """Whether the C extension is there, and what it gives or why it is not used."""
+    if NATIVE is not None:
+        return "built", "decodes only what a tile needs of a JPEG chunk, without the GIL"
+    if os.environ.get("GIGATOME_NATIVE") == "0":
+        return "switched off", "GIGATOME_NATIVE is 0: the same pixels, at about half the speed"
+    return "not built", "the same pixels at about half the speed; with GCC or Clang, install gigatome again from source"
 
 
 def _devices() -> list[str]:
