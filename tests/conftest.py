@@ -1,8 +1,11 @@
 """Fixtures that every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["GIGATOME_INDEX_CACHE"] = ""  # the user's cache folder is left alone
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
