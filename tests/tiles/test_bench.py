@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import cv2
@@ -11,6 +10,7 @@ import pytest
 import tifffile
 
 from gigatome.core.errors import NoTissueError, SlideError
+from gigatome.slides.native import NATIVE
 from gigatome.slides.slide import open_slide
 from gigatome.slides.synthetic import SyntheticOptions, make_slide
 from gigatome.tiles import bench, bench_readers
@@ -132,28 +132,18 @@ def test_figures_are_medians_and_ratios_of_rounds(slide, monkeypatch):
         assert found == pytest.approx((5, 2, 4))
 
 
-def test_without_the_extension_reads_inside_its_switch(slide, peers, monkeypatch):
-    state = SimpleNamespace(inside=False, reads=[])
-
-    @contextmanager
-    def without():
-        state.inside = True
-        yield
-        state.inside = False
-
+@pytest.mark.skipif(NATIVE is None, reason="the C extension is not built")
+def test_without_the_extension_is_a_reader_of_its_own(slide, peers, monkeypatch):
     peers()
-    monkeypatch.setattr(bench_readers, "_without_native", lambda: without)
-    own = bench_readers._own
-
-    def spied(opened):
-        read = own(opened)
-        return lambda case, x, y: state.reads.append(state.inside) or read(case, x, y)
-
-    monkeypatch.setattr(bench_readers, "_own", spied)
+    opened = []
+    real = bench_readers.open_slide
+    monkeypatch.setattr(
+        bench_readers, "open_slide", lambda *a, **k: opened.append(k.get("native", True)) or real(*a, **k)
+    )
     monkeypatch.setattr(bench, "_two_threads", lambda *_: {})
     reading = bench_read(slide, rounds=1, tiles=2)
     assert [rate.reader for rate in reading.cases[0].rates] == [GIGATOME, PORTABLE, LIMIT]
-    assert state.reads.count(True) == state.reads.count(False) == 2 * (8 + 2)
+    assert opened == [True, False]
 
 
 def test_a_level_is_shrunk_only_where_no_other_serves_and_chunks_that_are_not_jpeg_have_no_limit(tmp_path, peers):

@@ -8,7 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import final
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigatome.blob.fetch import Fetcher
+from gigatome.blob.ranges import Traffic
 from gigatome.core.errors import GigatomeError
 from gigatome.slides.slide import Slide, TilePlan
 from gigatome.tiles.draws import Draws
@@ -109,8 +110,22 @@ class Pipeline:
         self._planning = ThreadPoolExecutor(threads, thread_name_prefix="plans")
         self._opening = ThreadPoolExecutor(_OPENING, thread_name_prefix="slides")
         self._fetching: Fetcher | None = None
+        self._counted = Traffic()
         self._lock = threading.Lock()
         self._closed = False
+
+    def count_traffic(self) -> None:
+        """Adds what the network has carried since the last call to the report."""
+        if self._fetching is None:
+            return
+        with self._lock:
+            now, before = replace(self._fetching.traffic), self._counted
+            self._counted = now
+        self._watches.add(
+            requests=now.requests - before.requests,
+            fetched=now.fetched - before.fetched,
+            needed=now.needed - before.needed,
+        )
 
     def submit(self, step: int, count: int) -> Pending:
         """Begins a batch of ``count`` tiles; its ``done`` says when it is whole, or raises."""
@@ -134,6 +149,7 @@ class Pipeline:
             pool.shutdown(wait=False, cancel_futures=True)
         if self._fetching is not None:
             self._fetching.close()
+            self.count_traffic()
         for pool in (self._planning, self._opening, self._decoding):
             pool.shutdown(wait=True)
         self._slides.close()

@@ -69,7 +69,7 @@ class StreamOptions:
     threads: int = 4
     prefetch: int = 4
     open_slides: int = 128
-    in_flight: int = 256
+    in_flight: int = 512
 
     def __post_init__(self):
         if self.tile_size <= 0:
@@ -214,6 +214,8 @@ class TileStream:
 
     def report(self) -> StreamReport:
         """Where the time has gone since the first batch was asked for."""
+        for pipeline in list(self._pipelines):
+            pipeline.count_traffic()
         return self._watches.report(self.options.threads)
 
     def state(self) -> dict[str, list[int]]:

@@ -1,0 +1,1 @@
+"""What is measured, and how: ``python -m benchmarks.NAME`` from the root of the repository."""
