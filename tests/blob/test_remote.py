@@ -17,6 +17,12 @@ RANGES = [(70_000, 100), (10, 5), (100_000, 5000), (70_200, 50), (200, 0), (65_5
 QUICK = RemoteOptions(connect_seconds=2, stall_seconds=0.2, retries=2, tries=3, cache_bytes=0)
 
 
+@pytest.fixture(autouse=True)
+def short_heads(monkeypatch):
+    """Objects of 256 kB are then more than what their opening brings."""
+    monkeypatch.setattr(remote, "HEAD_BYTES", 1 << 16)
+
+
 @pytest.fixture
 def server():
     files = {"a.bin": DATA, "dir/a b%c.bin": DATA, "small.bin": b"abc", "empty.bin": b""}

@@ -46,7 +46,7 @@ def test_ome_tiff_with_subifds(tmp_path, options):
             writer.write(IMAGE, tile=(64, 64), photometric="rgb", metadata=PHYSICAL, **options)
     else:
         write_ome(path, IMAGE, **options)
-    with open_slide(path) as slide:
+    with open_slide(path, reader="tifffile") as slide:
         assert (slide.reader, slide.vendor, slide.name) == ("tifffile", "ome-tiff", "case")
         assert slide.mpp == 0.5
         assert [level.downsample for level in slide.levels] == ([1] if big else [1, 2, 4])
@@ -156,7 +156,10 @@ def test_a_damaged_chunk_of_an_ome_tiff(tmp_path):
 
 def test_an_ome_tiff_on_a_web_server(tmp_path):
     path = write_ome(tmp_path / "a.ome.tif", IMAGE, compression="zlib")
-    with serve({"a.ome.tif": path.read_bytes()}) as server, open_slide(f"{server.url}/a.ome.tif") as slide:
+    with (
+        serve({"a.ome.tif": path.read_bytes()}) as server,
+        open_slide(f"{server.url}/a.ome.tif", reader="tifffile") as slide,
+    ):
         assert slide.reader == "tifffile"
         assert np.array_equal(slide.read(Box(30, 40, 200, 100)), IMAGE[40:140, 30:230])
 
@@ -250,7 +253,7 @@ def test_dicom(shared_data, name):
 
 def test_real_ome_tiff(shared_data):
     path = shared_data / "formats" / "OS-1-detail.ome.tif"
-    with open_slide(path) as slide:
+    with open_slide(path, reader="tifffile") as slide:
         assert (slide.reader, slide.width, slide.height) == ("tifffile", 1101, 1101)
         assert slide.mpp == pytest.approx(0.2271, abs=1e-4)
         assert np.array_equal(slide.read(Box(0, 0, 1101, 1101)), tifffile.imread(path))

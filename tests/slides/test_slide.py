@@ -21,7 +21,10 @@ from gigatome.core.errors import (
     StoreError,
 )
 from gigatome.core.geometry import Box
+from gigatome.slides import index_cache
+from gigatome.slides import slide as slide_module
 from gigatome.slides.slide import SLIDE_SUFFIXES, open_slide
+from gigatome.slides.tiff import TiffFile
 from range_server import serve
 from tiff_files import (
     APERIO,
@@ -351,7 +354,9 @@ def test_threads_read_the_same_as_one(svs):
         assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-def test_a_remote_slide_equals_the_local_one_and_asks_little(svs):
+def test_a_remote_slide_equals_the_local_one_and_asks_little(svs, monkeypatch):
+    monkeypatch.setattr("gigatome.blob.remote.HEAD_BYTES", 1 << 16)  # not the whole of this small file
+    monkeypatch.setattr("gigatome.slides.windows.HEAD_BYTES", 1 << 16)
     with serve({"bucket/case.svs": svs.read_bytes()}) as server, open_slide(svs) as local:
         with open_slide(f"{server.url}/bucket/case.svs?token=SECRET") as remote:
             assert remote.name == "case"
@@ -477,3 +482,23 @@ def test_a_name_with_spaces_and_a_path_object(svs, tmp_path, suffix):
     with open_slide(path) as one, open_slide(f"file://{path}") as two, open_slide(os.fspath(path)) as three:
         assert one.name == two.name == three.name == "a slide (copy)"
         assert Path(one.uri) == path
+
+
+def test_the_index_of_a_slide_is_kept_and_used_until_the_slide_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIGATOME_INDEX_CACHE", str(tmp_path / "cache"))
+    index_cache.user_cache.cache_clear()
+    path = tmp_path / "a.tif"
+    try:
+        path.write_bytes(tiff_bytes([jpeg_page(picture(200, 150), 64)]))
+        parsed = []
+        monkeypatch.setattr(slide_module, "TiffFile", lambda *a: parsed.append(a) or TiffFile(*a))
+        opened = [open_slide(path, mpp=0.5, keep_index=keep) for keep in (True, True, False)]
+        assert len(parsed) == 2
+        tiles = [slide.read_tile(10, 20, 96, 0.5) for slide in opened]
+        assert all(np.array_equal(tile, tiles[0]) for tile in tiles)
+        path.write_bytes(tiff_bytes([jpeg_page(picture(200, 150, seed=1), 64)]))
+        with open_slide(path, mpp=0.5) as changed:
+            assert len(parsed) == 3
+            assert not np.array_equal(changed.read_tile(10, 20, 96, 0.5), tiles[0])
+    finally:
+        index_cache.user_cache.cache_clear()

@@ -22,7 +22,7 @@ from gigatome.blob.uri import WEB, redact
 from gigatome.core.errors import StoreError
 
 # One request opens an object: it gives the size and the bytes in which most TIFF headers lie.
-_HEAD_BYTES = 1 << 16
+HEAD_BYTES = 1 << 18
 # Connections to this many buckets, hosts and signed addresses are kept for slides opened later.
 _STORES = 64
 # Where each provider's settings stand in the environment; obstore reads these itself.
@@ -188,7 +188,7 @@ class RemoteBlob:
             try:
                 with translated(self.uri):
                     meta, head = self._first_bytes()
-                length = min(int(meta["size"]), _HEAD_BYTES)
+                length = min(int(meta["size"]), HEAD_BYTES)
                 if len(head) == length:
                     return meta, head
                 failure = short_body(self.uri, len(head), length, 0)
@@ -201,7 +201,7 @@ class RemoteBlob:
 
     def _first_bytes(self) -> tuple[Any, bytes]:
         try:
-            result = obstore.get(self.store, self.key, options={"range": (0, _HEAD_BYTES)})
+            result = obstore.get(self.store, self.key, options={"range": (0, HEAD_BYTES)})
             return result.meta, bytes(result.bytes())
         except obstore.exceptions.BaseError as error:
             # No range of an empty object can be served: some servers say so, others send all of it.

@@ -103,11 +103,15 @@ def list_uris(prefix: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """A temporary name beside ``path``, renamed to it when the block ends well and removed when it does not.
 
-    The contents are on disk before the name is, so that after a crash there is the old file, the new one or none.
     Missing parent folders are made.
+
+    Args:
+        path: of the file.
+        durable: whether the contents are on disk before the name is, so that after a crash of the machine there is the
+            old file, the new one or none; it takes milliseconds, and what can be made anew does not need it.
 
     Raises:
         StoreError: the file cannot be made or renamed.
@@ -122,9 +126,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         try:
-            sync(temporary)
+            if durable:
+                sync(temporary)
             os.replace(temporary, target)  # noqa: PTH105 - the rename is the point
-            sync(target.parent)
+            if durable:
+                sync(target.parent)
         except OSError as error:
             raise StoreError(f"{target}: cannot be written ({error.strerror})") from error
     finally:

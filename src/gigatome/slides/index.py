@@ -20,6 +20,8 @@ class Coding:
         samples: components of a pixel.
         predictor: 1 for none, 2 for horizontal differencing.
         tables: JPEG quantisation and Huffman tables common to all chunks, a JPEG stream of its own, or b"".
+        header: b"" if a chunk starts with a header of its own; else the chunk is one restart interval of a JPEG with
+            the marker that ends it (RST0 to RST7, or EOI), and ``header + chunk[:-2] + EOI`` is a whole JPEG.
     """
 
     compression: int
@@ -27,6 +29,7 @@ class Coding:
     samples: int
     predictor: int
     tables: bytes
+    header: bytes = b""
 
 
 @final

@@ -43,12 +43,18 @@ class Axis:
         """Whether all pixels lie within 0 and ``extent``."""
         return self.start > -_TOLERANCE and self.start + self.count * self.step < extent + _TOLERANCE
 
-    def snapped(self) -> "Axis":
-        """The same axis from the nearest whole pixel if its step is a whole number, else as it is."""
+    def snapped(self, extent: float) -> "Axis":
+        """The same axis from the nearest whole pixel if its step is a whole number, else as it is.
+
+        What lies within ``extent`` stays within it.
+        """
         step = round(self.step)
         if not step or abs(self.step - step) * self.count >= _TOLERANCE:
             return self
-        return Axis(float(round(self.start)), self.step, self.count)
+        start = round(self.start)
+        if self.within(extent):
+            start = min(start, math.floor(extent + _TOLERANCE - self.count * self.step))
+        return Axis(float(start), self.step, self.count)
 
     @property
     def whole(self) -> int:

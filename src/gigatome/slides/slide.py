@@ -27,6 +27,7 @@ from gigatome.core.job import slide_id
 from gigatome.core.logs import log
 from gigatome.slides.fallback import OpenSlideReader, TifffileReader
 from gigatome.slides.index import SlideIndex
+from gigatome.slides.index_cache import IndexCache, user_cache
 from gigatome.slides.reader import Level, LevelReader, TiffReader
 from gigatome.slides.resample import Axis, one_block, resample, window
 from gigatome.slides.tiff import TiffFile
@@ -201,14 +202,11 @@ class Slide:
         scaled = dct_scaling and not exact
         shrink = max((k for k in level.shrinks if level.downsample * k <= step), default=1) if scaled else 1
         scale_x, scale_y = level.scale_x * shrink, level.scale_y * shrink
+        extent = (self.width / scale_x, self.height / scale_y)
         axes = [Axis(axis.start / by, axis.step / by, axis.count) for axis, by in ((x, scale_x), (y, scale_y))]
-        return _View(
-            index,
-            shrink,
-            (-(-level.width // shrink), -(-level.height // shrink)),
-            (self.width / scale_x, self.height / scale_y),
-            *(axes if exact else (axis.snapped() for axis in axes)),
-        )
+        if not exact:
+            axes = [axis.snapped(side) for axis, side in zip(axes, extent, strict=True)]
+        return _View(index, shrink, (-(-level.width // shrink), -(-level.height // shrink)), extent, *axes)
 
     def _mean(self, x: float, y: float) -> float:
         if abs(x - y) > 0.01 * max(x, y):
@@ -285,7 +283,12 @@ class TilePlan:
 
 
 def open_slide(
-    uri: str | os.PathLike[str], *, mpp: float | None = None, reader: str = "auto", native: bool = True
+    uri: str | os.PathLike[str],
+    *,
+    mpp: float | None = None,
+    reader: str = "auto",
+    native: bool = True,
+    keep_index: bool = True,
 ) -> Slide:
     """Opens a slide from a local path or ``s3://``, ``gs://``, ``az://``, ``http://``, ``https://``.
 
@@ -294,6 +297,8 @@ def open_slide(
         mpp: µm per level-0 pixel; wins over what the file states.
         reader: "auto"; or "tiff" (Aperio and tiled TIFF, decoded directly), "openslide" or "tifffile" to force one.
         native: whether the C extension is used where it is there; without it the same pixels come more slowly.
+        keep_index: whether the places of the chunks are taken from, and kept in, the user's cache folder
+            (:func:`~gigatome.slides.index_cache.default_cache_folder`), so that the slide opens faster the next time.
 
     Raises:
         NotASlideError: no reader knows the file.
@@ -314,7 +319,7 @@ def open_slide(
     try:
         if blob.size == 0:
             raise NotASlideError(name, "is empty (0 bytes)")
-        levels = _reader(blob, uri, name, reader, native)
+        levels = _reader(blob, uri, name, reader, native, user_cache() if keep_index else None)
     except BaseException:
         blob.close()
         raise
@@ -334,12 +339,15 @@ def checked_mpp(name: str, mpp: float) -> float:
     return mpp
 
 
-def _reader(blob: Blob, uri: str, name: str, reader: str, native: bool) -> LevelReader:
+def _reader(blob: Blob, uri: str, name: str, reader: str, native: bool, cache: IndexCache | None) -> LevelReader:
     if reader == "openslide":
         blob.close()
         return OpenSlideReader(uri, name)
     if reader == "tifffile":
         return TifffileReader(blob, name)
+    known = cache.load(uri, blob.size, blob.stamp) if cache else None
+    if known is not None:
+        return TiffReader(blob, name, known, native=native)
     try:
         tiff = TiffFile(blob, name)
     except (NotASlideError, DamagedSlideError) as error:
@@ -348,7 +356,10 @@ def _reader(blob: Blob, uri: str, name: str, reader: str, native: bool) -> Level
         return _other_vendor(blob, uri, name, error)
     index = recognise(tiff)
     if index is not None:
-        return TiffReader(blob, name, index, native=native)
+        opened = TiffReader(blob, name, index, native=native)
+        if cache:
+            cache.store(uri, blob.size, blob.stamp, index)
+        return opened
     if reader == "tiff":
         raise NotASlideError(name, "is not an Aperio or tiled TIFF that reader='tiff' decodes; use reader='auto'")
     return _other_vendor(blob, uri, name, None) if is_foreign(tiff) else TifffileReader(blob, name)

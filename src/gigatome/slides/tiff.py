@@ -1,102 +1,66 @@
 """The pages of a TIFF file and where each of their chunks lies.
 
-Reads classic TIFF and BigTIFF of both byte orders, with few range requests. Nothing in the file is trusted: every
-number is held against a limit before memory or time is spent on it, and whatever is wrong raises
-:class:`~gigatome.core.errors.DamagedSlideError`. Source: TIFF 6.0 specification; the limits are those that a
-malformed file was seen to need (other readers ran for minutes on a tile count of 2**30).
+Read with few range requests, and only those values that are asked for. Nothing in the file is trusted: every number is
+held against a limit before memory or time is spent on it, and whatever is wrong raises
+:class:`~gigatome.core.errors.DamagedSlideError`. The limits are those that a malformed file was seen to need (other
+readers ran for minutes on a tile count of 2**30).
 """
 
-import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import numpy as np
 
 from gigatome.blob.store import Blob
-from gigatome.core.errors import DamagedSlideError, NotASlideError
+from gigatome.slides.directories import INTEGERS, MAX_TAGS, RATIONAL, Directories, Tag
 from gigatome.slides.index import Coding
 
 MAX_PAGES = 100
-MAX_TAGS = 4096
 MIN_CHUNK_SIDE, MAX_CHUNK_SIDE = 16, 4096
-MAX_CHUNKS = 1 << 26
+# As many as a slide of MAX_SIDE in chunks of 256 pixels has.
+MAX_CHUNKS = 1 << 24
 MAX_CHUNK_BYTES = 64 << 20
 MAX_SIDE = 1 << 20
-_MAX_TEXT = 16 << 20
-# Small reads are served from blocks of this size, so that a page costs one request at most.
-_BLOCK = 1 << 15
 
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
-DESCRIPTION, MAKE, SAMPLES, X_RESOLUTION, Y_RESOLUTION, PLANAR = 270, 271, 277, 282, 283, 284
-RESOLUTION_UNIT, SOFTWARE, PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS = 296, 305, 317, 322, 323, 324
-TILE_COUNTS, SAMPLE_FORMAT, JPEG_TABLES, XMP, IMAGE_DEPTH = 325, 339, 347, 700, 32997
-ARGOS_METADATA, NDPI_FORMAT = 65000, 65420
-
-_BYTES_OF_TYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-_INTEGERS = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tag of a page: its type, the number of values and the file offset of the first."""
-
-    kind: int
-    count: int
-    offset: int
-
-    @property
-    def length(self) -> int:
-        return self.count * _BYTES_OF_TYPE[self.kind]
+DESCRIPTION, MAKE, STRIP_OFFSETS, SAMPLES, ROWS_PER_STRIP, STRIP_COUNTS = 270, 271, 273, 277, 278, 279
+X_RESOLUTION, Y_RESOLUTION, PLANAR, RESOLUTION_UNIT, SOFTWARE, PREDICTOR = 282, 283, 284, 296, 305, 317
+TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS, SUB_PAGES = 322, 323, 324, 325, 330
+SAMPLE_FORMAT, JPEG_TABLES, XMP, IMAGE_DEPTH, ARGOS_METADATA = 339, 347, 700, 32997, 65000
 
 
 @final
-@dataclass(frozen=True)
 class TiffPage:
-    """One page (image file directory), its values read, its chunks not yet located.
+    """One page (image file directory). Sizes are read and checked at once, other values when they are asked for.
 
     Attributes:
-        index: number of the page in the file.
+        index: number of the page in the file; sub-pages carry their parent's.
         tags: the tags that are present.
         width, height: in pixels.
-        tiled: whether the page is cut into chunks of ``chunk_width`` × ``chunk_height`` rather than strips.
         chunk_width, chunk_height: 0 if not tiled.
-        compression, photometric, planar, predictor, subfile, samples: TIFF codes and counts.
-        bits: bits of each sample.
-        description, software: text, "" if absent.
-        resolution: pixels per unit in x and y, or None; ``resolution_unit``: 1 none, 2 inch, 3 centimetre.
-        jpeg_tables: quantisation and Huffman tables common to all chunks, a JPEG stream of its own, or b"".
+        subfile: TIFF's bits: 1 a smaller copy of another page, 4 a mask.
     """
 
-    index: int
-    tags: Mapping[int, "_Entry"]
-    width: int
-    height: int
-    chunk_width: int
-    chunk_height: int
-    compression: int
-    photometric: int
-    planar: int
-    predictor: int
-    subfile: int
-    samples: int
-    bits: tuple[int, ...]
-    sample_format: tuple[int, ...]
-    description: str
-    software: str
-    resolution: tuple[float, float] | None
-    resolution_unit: int
-    jpeg_tables: bytes
+    def __init__(self, source: Directories, index: int, tags: Mapping[int, Tag]):
+        self._source, self.index, self.tags = source, index, tags
+        self.width, self.height = self.number(WIDTH), self.number(HEIGHT)
+        if not (0 < self.width <= MAX_SIDE and 0 < self.height <= MAX_SIDE):
+            raise source.damaged(f"page {index} is {self.width} × {self.height} pixels")
+        self.chunk_width = self.chunk_height = 0
+        if TILE_WIDTH in tags:
+            self.chunk_width, self.chunk_height = self.number(TILE_WIDTH), self.number(TILE_HEIGHT)
+            if not all(MIN_CHUNK_SIDE <= side <= MAX_CHUNK_SIDE for side in (self.chunk_width, self.chunk_height)):
+                raise source.damaged(f"page {index} has chunks of {self.chunk_width} × {self.chunk_height} pixels")
+        if self.number(IMAGE_DEPTH, 1) != 1:
+            raise source.damaged(f"page {index} is a volume, which is not supported")
+        self.subfile = self.number(SUBFILE, 0)
 
     @property
     def tiled(self) -> bool:
         """Whether the page is cut into chunks rather than strips."""
         return self.chunk_width > 0
-
-    @property
-    def coding(self) -> Coding:
-        """How its chunks are compressed."""
-        return Coding(self.compression, self.photometric, self.samples, self.predictor, self.jpeg_tables)
 
     @property
     def columns(self) -> int:
@@ -107,6 +71,103 @@ class TiffPage:
     def rows(self) -> int:
         """Chunks in a column."""
         return -(-self.height // self.chunk_height)
+
+    @cached_property
+    def compression(self) -> int:
+        """TIFF's code."""
+        return self.number(COMPRESSION, 1)
+
+    @cached_property
+    def photometric(self) -> int:
+        """TIFF's code of the colour space."""
+        return self.number(PHOTOMETRIC, 2)
+
+    @cached_property
+    def planar(self) -> int:
+        """1 if the components of a pixel lie together."""
+        return self.number(PLANAR, 1)
+
+    @cached_property
+    def predictor(self) -> int:
+        """1 for none, 2 for horizontal differencing."""
+        return self.number(PREDICTOR, 1)
+
+    @cached_property
+    def samples(self) -> int:
+        """Components of a pixel."""
+        return self.number(SAMPLES, 1)
+
+    @cached_property
+    def bits(self) -> tuple[int, ...]:
+        """Bits of each component."""
+        return self.numbers(BITS, 1)
+
+    @cached_property
+    def sample_format(self) -> tuple[int, ...]:
+        """1 for unsigned whole numbers, for each component."""
+        return self.numbers(SAMPLE_FORMAT, 1)
+
+    @cached_property
+    def description(self) -> str:
+        """Text of the description, "" if absent."""
+        return self.text(DESCRIPTION)
+
+    @cached_property
+    def software(self) -> str:
+        """What wrote the file, "" if absent."""
+        return self.text(SOFTWARE)
+
+    @cached_property
+    def resolution(self) -> tuple[float, float] | None:
+        """Pixels per unit in x and y, None if absent."""
+        x, y = self._rational(X_RESOLUTION), self._rational(Y_RESOLUTION)
+        return (x, y) if x and y else None
+
+    @cached_property
+    def resolution_unit(self) -> int:
+        """1 none, 2 inch, 3 centimetre."""
+        return self.number(RESOLUTION_UNIT, 2)
+
+    @cached_property
+    def coding(self) -> Coding:
+        """How its chunks are compressed; the tables are a JPEG stream of their own."""
+        tables = self.bytes(JPEG_TABLES)
+        return Coding(self.compression, self.photometric, self.samples, self.predictor, tables)
+
+    def number(self, tag: int, default: int | None = None) -> int:
+        """The first value of a tag; ``default`` if it is absent, an error if that is None."""
+        return self.numbers(tag, default)[0]
+
+    def numbers(self, tag: int, default: int | None = None) -> tuple[int, ...]:
+        """Values of a tag of whole numbers, at most :data:`MAX_TAGS`; as :meth:`number` if it is absent."""
+        if tag not in self.tags and default is not None:
+            return (default,)
+        entry = self.need(tag)
+        _, kind, count, _ = entry
+        if kind not in INTEGERS or not 0 < count <= MAX_TAGS:
+            raise self._source.damaged(f"tag {tag} of page {self.index} is not a whole number")
+        return self._source.integers(entry)
+
+    def need(self, tag: int) -> Tag:
+        """A tag as it stands in the directory; raises :class:`DamagedSlideError` if it is absent."""
+        if tag not in self.tags:
+            raise self._source.damaged(f"page {self.index} has no tag {tag}")
+        return self.tags[tag]
+
+    def text(self, tag: int) -> str:
+        """Text of a tag up to its first NUL; "" if it is absent."""
+        return self.bytes(tag).partition(b"\0")[0].decode("utf-8", errors="replace")
+
+    def bytes(self, tag: int) -> bytes:
+        """Values of a tag as they lie in the file; b"" if it is absent."""
+        return self._source.value(self.tags[tag]) if tag in self.tags else b""
+
+    def _rational(self, tag: int) -> float:
+        entry = self.tags.get(tag)
+        if entry is None or entry[1:3] != (RATIONAL, 1):
+            return 0.0
+        numerator, denominator = self._source.unpack("II", self._source.value(entry))
+        return numerator / denominator if denominator else 0.0
 
 
 @final
@@ -132,6 +193,7 @@ class TiffFile:
         name: what errors call the slide.
 
     Attributes:
+        source: the file's directories and the values of their tags.
         pages: the chain of pages, in file order.
 
     Raises:
@@ -140,184 +202,86 @@ class TiffFile:
     """
 
     def __init__(self, blob: Blob, name: str):
-        self._blob, self._name = blob, name
-        self._blocks: dict[int, bytes] = {}
-        head = self._read(0, min(16, blob.size))
-        if len(head) < 8 or head[:2] not in (b"II", b"MM"):
-            raise NotASlideError(name, "is not a TIFF file")
-        self._order = "<" if head[:2] == b"II" else ">"
-        version = self._integer("H", head[2:4])
-        if version not in (42, 43):
-            raise NotASlideError(name, "is not a TIFF file")
-        self.big = version == 43
-        if self.big and (len(head) < 16 or self._integers("HH", head[4:8]) != (8, 0)):
-            raise self.damaged("its BigTIFF header is wrong")
-        first = self._integer("Q", head[8:16]) if self.big else self._integer("I", head[4:8])
-        self.pages = self._chain(first)
-        self._blocks.clear()
+        # Pages hold the source, not this object: a circle would keep what was read of the file until it is found.
+        self.source = Directories(blob, name)
+        self.pages = self._chain(self.source.first)
 
-    def chunks(self, page: TiffPage) -> ChunkIndex:
-        """Locates the chunks of a tiled page.
+    def sub_pages(self, page: TiffPage) -> tuple[TiffPage, ...]:
+        """The pages that hang on a page rather than in the chain; chains of their own are not followed."""
+        if SUB_PAGES not in page.tags:
+            return ()
+        offsets = page.numbers(SUB_PAGES)
+        if len(offsets) > MAX_PAGES:
+            raise self.source.damaged(f"page {page.index} has more than {MAX_PAGES} sub-pages")
+        self.source.fetch(offsets)
+        return tuple(TiffPage(self.source, page.index, self.source.directory(offset)[0]) for offset in offsets)
+
+    def chunks(self, pages: Sequence[TiffPage]) -> list[ChunkIndex]:
+        """Locates the chunks of tiled pages, with one call for all of them.
 
         Raises:
             DamagedSlideError: their number does not fit the page, or one lies outside the file.
         """
+        entries = [self._chunk_entries(page) for page in pages]
+        values = iter(self.source.values([entry for pair in entries for entry in pair]))
+        found = []
+        for page in pages:
+            offsets, counts = (value.reshape(page.rows, page.columns) for value in (next(values), next(values)))
+            self.check_chunks(page, offsets, counts)
+            found.append(ChunkIndex(offsets.astype(self.offset_type), counts.astype(np.uint32)))
+        return found
+
+    @property
+    def offset_type(self) -> type[np.unsignedinteger]:
+        """The smallest type that holds an offset: thousands of slides may be open at once."""
+        return np.uint32 if self.source.size < 1 << 32 else np.uint64
+
+    def _chunk_entries(self, page: TiffPage) -> list[Tag]:
         number = page.rows * page.columns
         if number > MAX_CHUNKS:
-            raise self.damaged(f"page {page.index} has {number} chunks, more than {MAX_CHUNKS}")
-        entries = [self._need(page.tags, tag, page.index) for tag in (TILE_OFFSETS, TILE_COUNTS)]
-        for entry in entries:
-            if entry.count != number or entry.kind not in _INTEGERS:
-                raise self.damaged(f"page {page.index} lists {entry.count} chunks where its size implies {number}")
-        ranges = [(entry.offset, entry.length) for entry in entries]
-        for offset, length in ranges:
-            self._check_inside(offset, length)
-        raw = self._blob.read_ranges(ranges)
-        shape = (page.rows, page.columns)
-        arrays = [
-            np.frombuffer(data, self._order + _INTEGERS[entry.kind]).reshape(shape)
-            for data, entry in zip(raw, entries, strict=True)
-        ]
-        self._check_chunks(page, *arrays)
-        # Small types: thousands of slides may be open at once.
-        offset_type = np.uint32 if self._blob.size < 1 << 32 else np.uint64
-        return ChunkIndex(arrays[0].astype(offset_type), arrays[1].astype(np.uint32))
+            raise self.source.damaged(f"page {page.index} has {number} chunks, more than {MAX_CHUNKS}")
+        entries = [page.need(tag) for tag in (TILE_OFFSETS, TILE_COUNTS)]
+        for _, kind, count, _ in entries:
+            if count != number or kind not in INTEGERS:
+                raise self.source.damaged(f"page {page.index} lists {count} chunks where its size implies {number}")
+        return entries
 
-    def _check_chunks(self, page: TiffPage, offsets: np.ndarray, counts: np.ndarray) -> None:
-        size = np.uint64(self._blob.size)
+    def check_chunks(self, page: TiffPage, offsets: np.ndarray, counts: np.ndarray) -> None:
+        """Raises :class:`DamagedSlideError` if a chunk of a page is too large or lies behind the end of the file.
+
+        Arrays of unsigned numbers.
+        """
+        size = np.uint64(self.source.size)
         if counts.max() > MAX_CHUNK_BYTES:
-            raise self.damaged(f"page {page.index} has a chunk of {int(counts.max())} bytes")
-        present = counts > 0
-        # Compared without adding, which could overflow.
-        outside = present & ((offsets > size) | (counts.astype(np.uint64) > size - np.minimum(offsets, size)))
+            raise self.source.damaged(f"page {page.index} has a chunk of {int(counts.max())} bytes")
+        if offsets.max() <= size and np.add(offsets, counts, dtype=np.uint64).max() <= size:
+            return
+        # Compared without adding, which could overflow; where a chunk is left out its offset may be anything.
+        outside = (counts > 0) & ((offsets > size) | (counts > size - np.minimum(offsets, size)))
         if outside.any():
-            raise self.damaged(f"{int(outside.sum())} chunks of page {page.index} lie behind the end of the file")
+            number = int(outside.sum())
+            raise self.source.damaged(f"{number} chunks of page {page.index} lie behind the end of the file")
 
     def _chain(self, first: int) -> tuple[TiffPage, ...]:
         pages: list[TiffPage] = []
         offset, seen = first, set()
         while offset:
             if offset in seen:
-                raise self.damaged("its chain of pages is a circle")
+                raise self.source.damaged("its chain of pages is a circle")
             if len(pages) == MAX_PAGES:
-                raise self.damaged(f"it has more than {MAX_PAGES} pages")
+                raise self.source.damaged(f"it has more than {MAX_PAGES} pages")
             seen.add(offset)
-            tags, offset = self._directory(offset)
-            pages.append(self._page(len(pages), tags))
+            tags, offset = self.source.directory(offset)
+            pages.append(TiffPage(self.source, len(pages), tags))
+            self.source.expect(_wanted(pages[-1]))
         if not pages:
-            raise self.damaged("it has no page")
+            raise self.source.damaged("it has no page")
         return tuple(pages)
 
-    def _directory(self, offset: int) -> tuple[dict[int, _Entry], int]:
-        """Tags of the directory at ``offset`` and the offset of the next one."""
-        head, entry, word = (8, 20, "Q") if self.big else (2, 12, "I")
-        count = self._integer("Q" if self.big else "H", self._read(offset, head))
-        if count > MAX_TAGS:
-            raise self.damaged(f"a page has {count} tags")
-        size = struct.calcsize(word)
-        data = self._read(offset + head, count * entry + size)
-        tags = {}
-        for start in range(0, count * entry, entry):
-            tag, kind = self._integers("HH", data[start : start + 4])
-            number = self._integer(word, data[start + 4 : start + 4 + size])
-            if kind not in _BYTES_OF_TYPE:
-                continue
-            inline = offset + head + start + 4 + size
-            fits = number * _BYTES_OF_TYPE[kind] <= size
-            where = inline if fits else self._integer(word, data[start + 4 + size : start + 4 + 2 * size])
-            tags.setdefault(tag, _Entry(kind, number, where))
-        return tags, self._integer(word, data[-size:])
 
-    def _page(self, index: int, tags: dict[int, _Entry]) -> TiffPage:
-        def number(tag: int, default: int | None = None) -> int:
-            return self._numbers(tags, tag, index, default)[0]
-
-        width, height = number(WIDTH), number(HEIGHT)
-        chunk = (number(TILE_WIDTH), number(TILE_HEIGHT)) if TILE_WIDTH in tags else (0, 0)
-        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-            raise self.damaged(f"page {index} is {width} × {height} pixels")
-        if TILE_WIDTH in tags and not all(MIN_CHUNK_SIDE <= side <= MAX_CHUNK_SIDE for side in chunk):
-            raise self.damaged(f"page {index} has chunks of {chunk[0]} × {chunk[1]} pixels")
-        if number(IMAGE_DEPTH, 1) != 1:
-            raise self.damaged(f"page {index} is a volume, which is not supported")
-        resolution = self._rational(tags, X_RESOLUTION), self._rational(tags, Y_RESOLUTION)
-        return TiffPage(
-            index=index,
-            tags=tags,
-            width=width,
-            height=height,
-            chunk_width=chunk[0],
-            chunk_height=chunk[1],
-            compression=number(COMPRESSION, 1),
-            photometric=number(PHOTOMETRIC, 2),
-            planar=number(PLANAR, 1),
-            predictor=number(PREDICTOR, 1),
-            subfile=number(SUBFILE, 0),
-            samples=number(SAMPLES, 1),
-            bits=self._numbers(tags, BITS, index, 1),
-            sample_format=self._numbers(tags, SAMPLE_FORMAT, index, 1),
-            description=self.text(tags, DESCRIPTION),
-            software=self.text(tags, SOFTWARE),
-            resolution=resolution if resolution[0] and resolution[1] else None,
-            resolution_unit=number(RESOLUTION_UNIT, 2),
-            jpeg_tables=self._bytes(tags, JPEG_TABLES),
-        )
-
-    def text(self, tags: Mapping[int, _Entry], tag: int) -> str:
-        """Text of a tag up to its first NUL; "" if it is absent."""
-        return self._bytes(tags, tag).partition(b"\0")[0].decode("utf-8", errors="replace")
-
-    def _bytes(self, tags: Mapping[int, _Entry], tag: int) -> bytes:
-        entry = tags.get(tag)
-        if entry is None:
-            return b""
-        if entry.length > _MAX_TEXT:
-            raise self.damaged(f"tag {tag} holds {entry.length} bytes")
-        return self._read(entry.offset, entry.length)
-
-    def _numbers(self, tags: Mapping[int, _Entry], tag: int, page: int, default: int | None) -> tuple[int, ...]:
-        if tag not in tags and default is not None:
-            return (default,)
-        entry = self._need(tags, tag, page)
-        if entry.kind not in _INTEGERS or not 0 < entry.count <= MAX_TAGS:
-            raise self.damaged(f"tag {tag} of page {page} is not a whole number")
-        data = np.frombuffer(self._read(entry.offset, entry.length), self._order + _INTEGERS[entry.kind])
-        return tuple(int(value) for value in data)
-
-    def _rational(self, tags: Mapping[int, _Entry], tag: int) -> float:
-        entry = tags.get(tag)
-        if entry is None or entry.kind != 5 or entry.count != 1:
-            return 0.0
-        numerator, denominator = self._integers("II", self._read(entry.offset, 8))
-        return numerator / denominator if denominator else 0.0
-
-    def _need(self, tags: Mapping[int, _Entry], tag: int, page: int) -> _Entry:
-        if tag not in tags:
-            raise self.damaged(f"page {page} has no tag {tag}")
-        return tags[tag]
-
-    def _integers(self, layout: str, data: bytes) -> tuple[int, ...]:
-        return struct.unpack(self._order + layout, data)
-
-    def _integer(self, layout: str, data: bytes) -> int:
-        return self._integers(layout, data)[0]
-
-    def _read(self, offset: int, length: int) -> bytes:
-        """Bytes through the block cache; long values go past it."""
-        self._check_inside(offset, length)
-        first, last = offset // _BLOCK, (offset + max(length, 1) - 1) // _BLOCK
-        if last - first > 1:
-            return self._blob.read_ranges([(offset, length)])[0]
-        missing = [block for block in range(first, last + 1) if block not in self._blocks]
-        ranges = [(block * _BLOCK, min(_BLOCK, self._blob.size - block * _BLOCK)) for block in missing]
-        self._blocks.update(zip(missing, self._blob.read_ranges(ranges) if ranges else [], strict=True))
-        data = b"".join(self._blocks[block] for block in range(first, last + 1))
-        return data[offset - first * _BLOCK : offset - first * _BLOCK + length]
-
-    def _check_inside(self, offset: int, length: int) -> None:
-        if offset + length > self._blob.size:
-            raise self.damaged("it is truncated: it refers to bytes behind its end")
-
-    def damaged(self, message: str) -> DamagedSlideError:
-        """The error to raise about this file."""
-        return DamagedSlideError(self._name, f"{message}; copy it again or leave it out")
+def _wanted(page: TiffPage) -> list[Tag]:
+    """The tags that a level needs besides its sizes; none if the page is no level."""
+    tags = [page.tags[tag] for tag in (TILE_OFFSETS, TILE_COUNTS, JPEG_TABLES) if tag in page.tags]
+    if not page.tiled or any(tag[2] != page.rows * page.columns for tag in tags if tag[0] != JPEG_TABLES):
+        return []
+    return tags
