@@ -19,8 +19,8 @@ def test_public_names_are_locked():
     assert gigatome.__all__ == sorted(gigatome.__all__)
     assert set(gigatome.__all__) == {
         "Box", "Cohort", "EmbeddingStore", "GigatomeError", "Slide", "TileStream", "TissueMask", "check_cohort",
-        "embed", "evaluate", "heatmap", "load_encoder", "load_recipe", "make_grid", "open_slide", "open_zarr", "segment",
-        "train",
+        "embed", "evaluate", "heatmap", "load_encoder", "load_recipe", "make_grid", "open_slide", "open_zarr",
+        "segment", "train",
     }  # fmt: skip
     for name in gigatome.__all__:
         assert getattr(gigatome, name).__doc__
