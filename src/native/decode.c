@@ -289,6 +289,7 @@ typedef struct {
     Wanted wanted[3];
     Place places[MAX_BLOCKS];
     int blocks, columns, first_row, rows; /* blocks a unit, units across, rows of units that are wanted */
+    int all_rows;                         /* of units, wanted or not */
     int interval;
 } Units;
 
@@ -316,7 +317,7 @@ CLONES static int decode_units(const Units *units) {
     for (int row = 0; row < units->rows; row++)
         for (int column = 0; column < units->columns; column++) {
             if (units->interval && !left--) {
-                if (++segment >= units->scan->segments) return DAMAGED;
+                if (++segment >= units->scan->segments || b.next - (b.count >> 3) < end) return DAMAGED;
                 b = (Bits){0, 0, bytes + units->scan->starts[segment]};
                 end = bytes + units->scan->starts[segment + 1];
                 memset(level, 0, sizeof level);
@@ -335,7 +336,8 @@ CLONES static int decode_units(const Units *units) {
             /* Bits that were taken but not there: whole bytes in `count` were loaded and not used. */
             if (b.next - (b.count >> 3) > end) return DAMAGED;
         }
-    return DECODED;
+    /* Bytes that are left over: some before them were lost, or there are too many. */
+    return units->rows == units->all_rows && b.next - (b.count >> 3) < end ? DAMAGED : DECODED;
 }
 
 static int at_least(int value, int least) { return value < least ? least : value; }
@@ -414,6 +416,7 @@ static int count_units(const Header *header, const Tables *tables, Units *units)
             };
     }
     units->columns = (header->width + 8 * h - 1) / (8 * h);
+    units->all_rows = (header->height + 8 * v - 1) / (8 * v);
     units->interval = tables->restart_interval;
     return DECODED;
 }

@@ -7,12 +7,13 @@
 #include "resample.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { IDLE_WORKSPACES = 64 };
+enum { IDLE_WORKSPACES = 64, IDLE_BYTES = 16 << 20 };
 
 /* Workspaces that no call uses; touched with the GIL only. */
 static Workspace *idle[IDLE_WORKSPACES];
@@ -24,7 +25,8 @@ static Workspace *take_workspace(void) {
 }
 
 static void give_workspace(Workspace *workspace) {
-    if (idle_count < IDLE_WORKSPACES) {
+    size_t held = workspace->bytes_size + workspace->planes_size + workspace->rows_size + workspace->seen_size;
+    if (idle_count < IDLE_WORKSPACES && held <= IDLE_BYTES) {
         idle[idle_count++] = workspace;
         return;
     }
@@ -265,15 +267,18 @@ static PyObject *run_with_status(Batch *batch) {
     return NULL;
 }
 
+/* Whether that is how many chunks are present; to be asked again whenever Python code could change the arrays. */
+static int chunks_fit(Batch *batch, Py_ssize_t count) {
+    if (check_spans(batch) && count == count_present(batch)) return 1;
+    PyErr_SetString(PyExc_ValueError, "not as many chunks as the windows touch");
+    return 0;
+}
+
 /* The bytes of each chunk, as many as are present, from a sequence. */
 static PyObject *run_with_chunks(Batch *batch, PyObject *source) {
     Py_ssize_t count = PySequence_Size(source), taken = 0;
     PyObject *result = NULL;
-    if (count < 0) return NULL;
-    if (count != count_present(batch)) {
-        PyErr_SetString(PyExc_ValueError, "not as many chunks as the windows touch");
-        return NULL;
-    }
+    if (count < 0 || !chunks_fit(batch, count)) return NULL;
     Py_buffer *views = calloc((size_t)count + 1, sizeof *views);
     if (!views) return PyErr_NoMemory();
     for (; taken < count; taken++) {
@@ -283,12 +288,7 @@ static PyObject *run_with_chunks(Batch *batch, PyObject *source) {
         if (failed) break;
     }
     batch->chunks = views;
-    if (taken == count) {
-        if (check_spans(batch) && count == count_present(batch))
-            result = run_with_status(batch);
-        else
-            PyErr_SetString(PyExc_ValueError, "the arrays changed while the chunks were taken");
-    }
+    if (taken == count && chunks_fit(batch, count)) result = run_with_status(batch);
     while (taken) PyBuffer_Release(&views[--taken]);
     free(views);
     return result;
@@ -339,8 +339,10 @@ static PyObject *read_tiles(PyObject *module, PyObject *args) {
         if (!sides_right || !take_arrays(&batch, views) || !check_spans(&batch))
             PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or a window lies outside the level");
         else if (PyLong_Check(source)) {
-            batch.file = (int)PyLong_AsLong(source);
-            if (!PyErr_Occurred() && batch.file < 0) PyErr_SetString(PyExc_ValueError, "the file is closed");
+            long file = PyLong_AsLong(source);
+            if (!PyErr_Occurred() && (file < 0 || file > INT_MAX))
+                PyErr_SetString(PyExc_ValueError, "the file is closed");
+            batch.file = (int)file;
             if (!PyErr_Occurred()) result = run_with_status(&batch);
         } else
             result = run_with_chunks(&batch, source);

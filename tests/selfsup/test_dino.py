@@ -154,7 +154,7 @@ def test_it_learns_to_tell_a_few_tiles_apart(tmp_path):
     """The student comes to predict the teacher, and not because the teacher says the same of all tiles."""
     tiles = next(TinyStream(batch_size=16).batches()).images
 
-    class Few:
+    class Few(TinyStream):
         def batches(self, start_step=0):
             return itertools.repeat(TinyBatch(tiles))
 

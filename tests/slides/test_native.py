@@ -202,3 +202,16 @@ def test_it_can_be_switched_off():
     environment = {**os.environ, "GIGATOME_NATIVE": "0"}
     result = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_chunk_that_ends_early_is_an_error_where_its_upper_rows_are_enough(tmp_path, native):
+    data = bytearray(tiff_bytes([jpeg_page(picture(256, 256), 256)]))
+    start = data.find(b"\xff\xda") + 14
+    middle = start + (data.find(b"\xff\xd9", start) - start) // 10
+    data[middle : middle + 2] = b"\xff\xd9"
+    (tmp_path / "a.tif").write_bytes(data)
+    with open_slide(tmp_path / "a.tif", mpp=0.25, native=native) as slide:
+        assert slide.read_tile(0, 0, 8, 0.25).std() > 0  # lies before
+        with pytest.raises(DamagedSlideError, match="premature end"):
+            slide.read_tile(0, 0, 200, 0.25)

@@ -71,7 +71,7 @@ class ChunkFormat:
             data: the chunk.
             shrink: one of ``shrinks``.
             rows: how many are needed from the top; None for all. Those below may be missing from the result, and damage
-                in them, or of a kind that decoders only warn of, goes unnoticed.
+                in them goes unnoticed.
 
         Raises:
             ChunkError: the data end early or are damaged, or are not what the page says.
@@ -187,18 +187,22 @@ def decode_jpeg(
         # Interpolated colours look at the next unit of up to 16 rows.
         height = min(height, -(-rows // _UNIT) * _UNIT + _UNIT)
     head, body = _jpeg_header(data, shape, height)
-    least = (height // shrink, width // shrink) if shrink > 1 else (0, 0)
+    pixels = np.empty((height // shrink, width // shrink, 3), np.uint8)
+    least = pixels.shape[:2] if shrink > 1 else (0, 0)
     try:
-        return simplejpeg.decode_jpeg(
+        simplejpeg.decode_jpeg(
             prefix + head + body,
             colorspace="RGB",
             min_height=least[0],
             min_width=least[1],
             min_factor=1,
-            strict=height == shape[0],  # the rows that are left over would count as a fault
+            buffer=pixels.reshape(-1),
         )
     except ValueError as error:
-        raise ChunkError(f"damaged JPEG data ({error})") from error
+        # The first fault is the one that is told: rows that were left over are none.
+        if height == shape[0] or "extraneous bytes" not in str(error):
+            raise ChunkError(f"damaged JPEG data ({error})") from error
+    return pixels
 
 
 def _jpeg_header(data: bytes, shape: tuple[int, int, int], height: int) -> tuple[bytes, bytes]:
