@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from gigatome.cli import check, demo, doctor, embed, evaluate, heatmap, info, recipes, tile, tissue, train
+from gigatome.cli import bench, check, demo, doctor, embed, evaluate, heatmap, info, recipes, tile, tissue, train
 from gigatome.core.errors import GigatomeError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ for command in (
     doctor.doctor,
 ):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 app.add_typer(recipes.app, name="recipes")
 
 

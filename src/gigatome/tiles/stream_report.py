@@ -1,9 +1,9 @@
 """Where the time of a tile stream goes, and what would make it faster."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from time import perf_counter
 from typing import Any, final
 
@@ -19,11 +19,12 @@ class StreamReport:
     Attributes:
         seconds: that passed.
         waited: seconds in which whoever uses the tiles waited for a batch.
-        threads: that decode.
+        threads: that decode; as many others draw tiles and open slides.
         batches, tiles: handed over.
         planning: seconds in which tiles were drawn and planned, of all threads together.
         opening: seconds in which slides were opened, of all threads together.
-        network: seconds in which at least one request was under way.
+        network: seconds in which the bytes of at least one tile were on their way.
+        fetching: seconds in which they were, of all tiles together.
         disk: seconds in which local files were read, of all threads together.
         decoding: seconds in which tiles were decoded, resampled and filtered, of all threads together.
         opened: slides opened, some more than once.
@@ -40,6 +41,7 @@ class StreamReport:
     planning: float = 0.0
     opening: float = 0.0
     network: float = 0.0
+    fetching: float = 0.0
     disk: float = 0.0
     decoding: float = 0.0
     opened: int = 0
@@ -56,33 +58,56 @@ class StreamReport:
 
     @property
     def limit(self) -> str:
-        """The slowest part: ``consumer``, ``decoding``, ``disk``, ``network``, ``opening`` or ``planning``."""
-        if not self.seconds or self.waited < _FAST_ENOUGH * self.seconds:
+        """The slowest part: ``consumer``, ``decoding``, ``disk``, ``network``, ``opening`` or ``planning``.
+
+        Threads that hardly ever idle are the limit. Where none are, it is what a batch spends most of its way in.
+        """
+        if self.waited <= _FAST_ENOUGH * self.seconds:
             return "consumer"
-        busy = (self.decoding + self.disk) / (self.threads * self.seconds)
-        if busy > 1 - _IDLE:
-            return "decoding" if self.decoding >= self.disk else "disk"
-        others = {"network": self.network, "opening": self.opening, "planning": self.planning, "disk": self.disk}
-        return max(others, key=lambda name: others[name])
+        decoders = {"decoding": self.decoding, "disk": self.disk}
+        planners = {"opening": self.opening, "planning": self.planning}
+        busiest = max(decoders, planners, key=lambda parts: sum(parts.values()))
+        if self._busy(busiest.values()) > 1 - _IDLE:
+            return _largest(busiest)
+        batch = self.tiles / max(1, self.batches)  # the threads share a batch's decoding, but one alone plans it
+        shared = {name: seconds / min(self.threads, max(1, batch)) for name, seconds in decoders.items()}
+        return _largest(shared | planners | {"network": self.fetching / max(1, batch)})
+
+    def since(self, earlier: "StreamReport") -> "StreamReport":
+        """What was done after another report of the same stream."""
+        sums = [item.name for item in fields(self) if item.name != "threads"]
+        return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in sums})
 
     def sentence(self) -> str:
         """One sentence that says how fast the stream is and what limits it."""
-        share = self.waited / self.seconds if self.seconds else 0.0
-        rate = f"{self.tiles_per_second:,.0f} tiles/s"
-        busy = f"{min(1.0, (self.decoding + self.disk) / max(1e-9, self.threads * self.seconds)):.0%}"
-        reason = {
-            "consumer": f"the stream is not the limit: whoever uses the tiles waited {share:.1%} of the time",
-            "decoding": f"decoding is the limit: {self.threads} threads were busy {busy} of the time; "
-            "more threads help if there are cores for them",
-            "disk": f"the disk is the limit: reading files took {self.disk:.1f} s of {self.threads} threads' time",
-            "network": f"the network is the limit: threads were busy {busy} of the time and {self.requests} requests "
-            "were waited for; more requests in flight (a higher prefetch) help unless the line is full",
+        return f"{self.tiles_per_second:,.0f} tiles/s: {self._reason()}."
+
+    def _reason(self) -> str:
+        busy = self._busy((self.decoding, self.disk))
+        latency = 1000 * self.fetching / max(1, self.tiles)
+        more = "more threads help if there are cores for them"
+        return {
+            "consumer": "the stream is not the limit: whoever uses the tiles waited "
+            f"{self.waited / max(1e-9, self.seconds):.1%} of the time",
+            "decoding": f"decoding is the limit: {self.threads} threads were busy {busy:.0%} of the time; "
+            + (more if busy > 1 - _IDLE else "more batches read ahead (a higher prefetch) keep them busier"),
+            "disk": f"the disk is the limit: reading files took {self.disk:.1f} s of the {self.threads} threads' "
+            f"{self.threads * self.seconds:.1f} s; more threads help unless it is as fast as it can be",
+            "network": f"the network is the limit: bytes of a tile took {latency:.0f} ms, and threads were busy "
+            f"{busy:.0%} of the time; more batches read ahead (a higher prefetch) help unless the line is full",
             "opening": f"opening slides is the limit: {self.opened} openings took {self.opening:.1f} s; "
             "keep more slides open, or let their indexes be kept",
             "planning": f"drawing tiles is the limit: it took {self.planning:.1f} s; "
             "let the positions of slides be kept in a job directory",
-        }
-        return f"{rate}: {reason[self.limit]}."
+        }[self.limit]
+
+    def _busy(self, seconds: Iterable[float]) -> float:
+        """Share of the time of ``threads`` threads."""
+        return min(1.0, sum(seconds) / max(1e-9, self.threads * self.seconds))
+
+
+def _largest(parts: Mapping[str, float]) -> str:
+    return max(parts, key=lambda name: parts[name])
 
 
 def _kind(value: object) -> type:
@@ -97,7 +122,7 @@ class Stopwatches:
         self._sums = {item.name: 0.0 for item in fields(StreamReport)}
         self._lock = threading.Lock()
         self._start: float | None = None
-        self._out, self._out_since = 0, 0.0
+        self._out, self._out_since = 0, 0.0  # tiles whose bytes are on their way, and when that number last changed
 
     def start(self) -> None:
         """Begins to count time; later calls do nothing."""
@@ -120,20 +145,23 @@ class Stopwatches:
             self.add(**{name: perf_counter() - start})
 
     def request(self, change: int) -> None:
-        """Notes that a request for bytes began (1) or ended (−1); the network counts while any is under way."""
+        """Notes that the bytes of a tile were asked for (1) or have come (−1)."""
         with self._lock:
-            if not self._out:
-                self._out_since = perf_counter()
+            self._count_out()
             self._out += change
-            if not self._out:
-                self._sums["network"] += perf_counter() - self._out_since
+
+    def _count_out(self) -> None:
+        now = perf_counter()
+        if self._out:
+            self._sums["network"] += now - self._out_since
+            self._sums["fetching"] += self._out * (now - self._out_since)
+        self._out_since = now
 
     def report(self, threads: int) -> StreamReport:
         """The sums so far."""
         with self._lock:
+            self._count_out()
             sums: dict[str, Any] = dict(self._sums)
             sums["seconds"] = perf_counter() - self._start if self._start else 0.0
-            if self._out:
-                sums["network"] += perf_counter() - self._out_since
         sums["threads"] = threads
         return StreamReport(**{item.name: _kind(item.default)(sums[item.name]) for item in fields(StreamReport)})
