@@ -4,13 +4,14 @@ A place of a batch goes round until it holds a tile: what cannot be read, or is 
 anew with the next attempt. Which tile a place gets so depends on the slides alone, not on threads or timing.
 """
 
+import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import final
+from typing import TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from gigatome.tiles.draws import Draws
 from gigatome.tiles.handles import OpenSlides
 from gigatome.tiles.sampler import TileRequest
 from gigatome.tiles.stream_report import Stopwatches
+
+T = TypeVar("T")
 
 _TASK = 8  # tiles that a thread decodes before it takes new work
 _OPENING = 16  # slides opened at a time: most of the time is spent waiting
@@ -224,16 +227,20 @@ class Pipeline:
 
     def _fetch(self, pending: Pending, tiles: Sequence[_Tile]) -> None:
         """Has the tiles decoded: those of local slides at once, the others when their bytes are there."""
-        remote = [tile for tile in tiles if tile.plan and tile.plan.blob and tile.plan.blob.handle < 0]
-        local = [tile for tile in tiles if tile not in remote] if remote else list(tiles)
-        for first in range(0, len(local), _TASK):
-            self._run(self._decoding, pending, self._decode, local[first : first + _TASK])
+        local, remote = [], []
+        for tile in tiles:
+            (remote if tile.plan and tile.plan.blob and tile.plan.blob.handle < 0 else local).append(tile)
+        for group in _groups(local):
+            self._run(self._decoding, pending, self._decode, group)
         if not remote:
             return
-        wanted = [(tile.plan.blob, tile.plan.ranges) for tile in remote if tile.plan and tile.plan.blob]
-        for tile, future in zip(remote, self._fetcher().fetch(wanted), strict=True):
-            self._watches.request(1)
-            future.add_done_callback(lambda future, tile=tile: self._arrived(pending, tile, future))
+        wanted = [(tile.plan.blob, tile.plan.ranges) for tile in remote]
+        futures = self._fetcher().fetch(wanted)
+        for group, parts in zip(_groups(remote), _groups(futures), strict=True):
+            self._watches.request(len(group))
+            left = itertools.count(len(group) - 1, -1)
+            for future in parts:
+                future.add_done_callback(lambda _, g=group, f=parts, n=left: self._arrived(pending, g, f, next(n)))
 
     def _fetcher(self) -> Fetcher:
         with self._lock:
@@ -241,20 +248,28 @@ class Pipeline:
                 self._fetching = Fetcher(self._in_flight)
             return self._fetching
 
-    def _arrived(self, pending: Pending, tile: _Tile, future: Future[list[bytes]]) -> None:
-        self._watches.request(-1)
-        if not future.cancelled():
-            self._run(self._decoding, pending, self._take, tile, future)
+    def _arrived(
+        self, pending: Pending, tiles: Sequence[_Tile], futures: Sequence[Future[list[bytes]]], left: int
+    ) -> None:
+        """Called for each tile of a group; the last one has the group decoded."""
+        if left:
+            return
+        self._watches.request(-len(tiles))
+        if not any(future.cancelled() for future in futures):
+            self._run(self._decoding, pending, self._take, tiles, futures)
 
-    def _take(self, pending: Pending, tile: _Tile, future: Future[list[bytes]]) -> None:
-        try:
-            tile.data = future.result()
-        except (GigatomeError, OSError) as error:
-            self._slides.release(tile.request.slide)
-            self._draws.failed(tile.request.slide, pending.batch.step, error, unopenable=False)
-            self._again(pending, [tile])
-        else:
-            self._decode(pending, [tile])
+    def _take(self, pending: Pending, tiles: Sequence[_Tile], futures: Sequence[Future[list[bytes]]]) -> None:
+        there, again = [], []
+        for tile, future in zip(tiles, futures, strict=True):
+            try:
+                tile.data = future.result()
+                there.append(tile)
+            except (GigatomeError, OSError) as error:
+                self._slides.release(tile.request.slide)
+                self._draws.failed(tile.request.slide, pending.batch.step, error, unopenable=False)
+                again.append(tile)
+        self._decode(pending, there)
+        self._again(pending, again)
 
     def _decode(self, pending: Pending, tiles: Sequence[_Tile]) -> None:
         batch, again, disk = pending.batch, [], 0.0
@@ -300,6 +315,11 @@ class Pipeline:
                     raise self._draws.exhausted()
                 fresh.append(_Tile(tile.place, self._draws.redraw(pending.batch.step, tile.place, attempt), attempt))
         self._read(pending, fresh)
+
+
+def _groups(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """What threads take at a time."""
+    return (items[first : first + _TASK] for first in range(0, len(items), _TASK))
 
 
 def _fail(pending: Pending, error: BaseException) -> None:

@@ -1,0 +1,51 @@
+"""The GPU benchmarks run on a CPU, in small, and name what is missing."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments, isolated=False):
+    # -S and -E: without what is installed, as on a machine that has nothing but Python
+    flags = ["-S", "-E"] if isolated else []
+    command = [sys.executable, *flags, "-m", "benchmarks.gpu", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ, check=False, capture_output=True, text=True)
+
+
+def test_stream():
+    size = ("--batch-size", 4, "--steps", 6, "--rounds", 1, "--slides", 2, "--side", 1200, "--threads", 2)
+    done = run("stream", "--device", "cpu", "--tiny", *size)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["device"], found["options"]["threads"]) == ("CPU", 2)
+    held, streamed = found["images_per_second_held"], found["images_per_second_stream"]
+    assert min(held, streamed, found["host_waited_ms_a_step"]) > 0
+    assert found["waited_share"] == pytest.approx(1 - streamed / held)
+    (sentence,) = found["stream"]
+    assert "tiles/s: " in sentence
+
+
+def test_what_is_missing_is_named():
+    done = run("stream", isolated=True)
+    assert done.returncode == 1
+    assert "missing here: imagecodecs " in done.stderr
+    assert "pip install --no-index --find-links wheels imagecodecs " in done.stderr
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    done = run("stream", "--device", "cuda:99", "--tiny")
+    assert done.returncode == 1
+    assert "device cuda:99 cannot be used" in done.stderr
+
+
+def test_all_that_is_looked_for_is_importable():
+    assert all(importlib.util.find_spec(name) for name in gpu._NEEDED)
