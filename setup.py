@@ -1,4 +1,4 @@
-"""The optional C extension; everything else stands in pyproject.toml. Without a C compiler the rest installs all the same."""
+"""The optional C extension; all else stands in pyproject.toml. Without a compiler the rest installs all the same."""
 
 import sysconfig
 
