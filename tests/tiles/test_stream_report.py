@@ -89,7 +89,7 @@ def test_a_slow_server_is_the_limit(cohort, masks, prefetch):
         report = streamed(replace(cohort, slides=slides), masks, threads=4, prefetch=prefetch)
     assert report.limit == "network"
     assert report.fetching > 0.04 * report.tiles
-    assert "bytes of a tile took" in report.sentence()
+    assert "the bytes of a tile took" in report.sentence()
 
 
 @pytest.mark.parametrize(

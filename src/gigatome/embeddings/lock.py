@@ -56,15 +56,31 @@ class Lock:
         return f"process {content.get('pid', '?')} on {content.get('hostname', 'an unknown machine')}"
 
     def _create(self) -> bool:
+        if self.path.exists():
+            return False
         owner = {"pid": os.getpid(), "hostname": socket.gethostname(), "created_at": time.time()}
         content = json.dumps(owner).encode()
+        whole = self.path.with_name(f".{self.path.name}.{uuid4().hex}.tmp")
+        try:
+            whole.write_bytes(content)
+            os.link(whole, self.path)  # appears whole or not at all: we may be killed at any moment
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links here
+            if not self._create_in_steps(content):
+                return False
+        finally:
+            whole.unlink(missing_ok=True)
+        self._mine = content
+        return True
+
+    def _create_in_steps(self, content: bytes) -> bool:
         try:
             handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        self._mine = content
         return True
 
     def _read(self) -> bytes | None:

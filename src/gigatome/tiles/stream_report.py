@@ -93,7 +93,7 @@ class StreamReport:
             + (more if busy > 1 - _IDLE else "more batches read ahead (a higher prefetch) keep them busier"),
             "disk": f"the disk is the limit: reading files took {self.disk:.1f} s of the {self.threads} threads' "
             f"{self.threads * self.seconds:.1f} s; more threads help unless it is as fast as it can be",
-            "network": f"the network is the limit: bytes of a tile took {latency:.0f} ms, and threads were busy "
+            "network": f"the network is the limit: the bytes of a tile took {latency:.0f} ms, and threads were busy "
             f"{busy:.0%} of the time; more batches read ahead (a higher prefetch) help unless the line is full",
             "opening": f"opening slides is the limit: {self.opened} openings took {self.opening:.1f} s; "
             "keep more slides open, or let their indexes be kept",
@@ -145,7 +145,7 @@ class Stopwatches:
             self.add(**{name: perf_counter() - start})
 
     def request(self, change: int) -> None:
-        """Notes that the bytes of a tile were asked for (1) or have come (−1)."""
+        """Notes that the bytes of so many tiles were asked for, or, negative, have come."""
         with self._lock:
             self._count_out()
             self._out += change
