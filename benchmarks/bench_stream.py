@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from benchmarks.bench_read import RESULTS
 from benchmarks.peers_stream import AHEAD, BATCH, GIGATOME, TILE, Contender, contenders, difference, on_level
 from benchmarks.servers import _cpu_seconds
 from benchmarks.slides import SIDE, ensure_slides
-from benchmarks.stream_many import Course, many_markdown
+from benchmarks.stream_many import many_markdown, measure_many
 from gigatome.blob.store import write_atomic
 from gigatome.core.job import Job
 from gigatome.slides.cohort import Cohort, CohortSlide
@@ -192,14 +191,6 @@ def make_sampler(cohort: Cohort, job: Job, mpps: Sequence[float]) -> tuple[TileS
     return sampler, [cohort.slides[index].uri for index in tissue]
 
 
-def _many(options: argparse.Namespace) -> list[Course]:
-    """Of a process of its own, whose memory is measured."""
-    sizes = ("--many", options.many, "--seconds", options.many_seconds, "--threads", options.threads)
-    command = [sys.executable, "-m", "benchmarks.stream_many", *map(str, sizes)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    return [Course(**course) for course in json.loads(done.stdout)["courses"]]
-
-
 def markdown(result: Mapping[str, Any], command: str) -> str:
     """The tables."""
     lines = [
@@ -266,7 +257,9 @@ def main() -> None:
             result["mixes"].append({"mpp": mpps, "streams": rates, "cpu_us": costs(cohort, job, mpps)})
         result["two_threads"] = two_threads(cohort, job, options)
         if options.many:
-            result["many"] = _many(options)
+            result["many"] = measure_many(
+                options.many, Path(folder) / "many", seconds=options.many_seconds, threads=options.threads
+            )
     print(json.dumps(result, default=asdict, indent=2, ensure_ascii=False))
     if options.write:
         command = f"python -m benchmarks.bench_stream --rounds {options.rounds} --seconds {options.seconds:g}"

@@ -4,20 +4,20 @@ A few small pyramids are made on the spot, with the outlines of their tissue; ea
 (a hard link) of one of them, and so are its outlines in the job directory. Nearly every tile then comes from a slide
 that is not open, as in a real cohort of that size, but all bytes are in the system's memory.
 
-Measured: how long it takes until there is a stream and a first batch; and over some time the rate, the memory of the
-process and its open files: first with nothing kept but outlines, then with the positions of all slides in the job
-directory, then with the indexes of all slides kept too.
+Measured, each time in a new process: how long it takes until there is a stream and a first batch; and over some time
+the rate, the memory of the process and its open files. At first nothing is kept but the outlines, then the positions of
+all slides are in the job directory, then their indexes are kept too.
 """
 
 import argparse
-import gc
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -87,8 +87,9 @@ def measure_many(
         ("positions and indexes", partial(_keep_indexes, table)),
     ):
         keep()
-        courses.append(_course(kept, table, job, seconds, threads=threads, open_slides=open_slides))
-        gc.collect()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # whose memory is measured
+            task = process.submit(_course, kept, table, job, seconds, threads=threads, open_slides=open_slides)
+            courses.append(task.result())
     return courses
 
 
