@@ -7,7 +7,7 @@ given by the clock, and by processor time (of all processes), which others on th
 Then: what drawing, planning and reading a tile cost; how much faster two threads on two cores are than one on one,
 beside hashing, which shows what the machine has to give; and, with ``--many``, :mod:`benchmarks.stream_many`.
 
-Peers: ``pip install -r benchmarks/requirements.txt wsistream``.
+Peers: ``pip install openslide-python openslide-bin wsistream``.
 """
 
 import argparse

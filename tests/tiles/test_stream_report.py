@@ -41,7 +41,7 @@ def test_slow_decoding_is_the_limit(cohort, masks, monkeypatch):
     monkeypatch.setattr(TilePlan, "read", slowed(TilePlan.read, 0.01))
     report = streamed(cohort, masks)
     assert report.limit == "decoding"
-    assert "decoding is the limit: 2 threads were busy" in report.sentence()
+    assert "decoding is the limit: its threads (2) had work" in report.sentence()
     assert "more threads help" in report.sentence()
 
 

@@ -89,12 +89,12 @@ class StreamReport:
         return {
             "consumer": "the stream is not the limit: whoever uses the tiles waited "
             f"{self.waited / max(1e-9, self.seconds):.1%} of the time",
-            "decoding": f"decoding is the limit: {self.threads} threads were busy {busy:.0%} of the time; "
+            "decoding": f"decoding is the limit: its threads ({self.threads}) had work {busy:.0%} of the time; "
             + (more if busy > 1 - _IDLE else "more batches read ahead (a higher prefetch) keep them busier"),
             "disk": f"the disk is the limit: reading files took {self.disk:.1f} s of the {self.threads} threads' "
             f"{self.threads * self.seconds:.1f} s; more threads help unless it is as fast as it can be",
-            "network": f"the network is the limit: the bytes of a tile took {latency:.0f} ms, and threads were busy "
-            f"{busy:.0%} of the time; more batches read ahead (a higher prefetch) help unless the line is full",
+            "network": f"the network is the limit: the bytes of a tile took {latency:.0f} ms, and decoding threads had "
+            f"work {busy:.0%} of the time; more batches read ahead (a higher prefetch) help unless the line is full",
             "opening": f"opening slides is the limit: {self.opened} openings took {self.opening:.1f} s; "
             "keep more slides open, or let their indexes be kept",
             "planning": f"drawing tiles is the limit: it took {self.planning:.1f} s; "
