@@ -12,9 +12,9 @@ STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 setup(
     ext_modules=[
         Extension(
-            "gigatome.slides._native",
+            "gigatome._native",
             sources=[f"src/native/{name}.c" for name in ("decode", "module", "output", "resample", "tables")],
-            depends=[f"src/native/{name}.h" for name in ("jpeg", "lanes", "output", "resample", "transform")],
+            depends=[f"src/native/{name}.h" for name in ("digest", "jpeg", "lanes", "output", "resample", "transform")],
             extra_compile_args=FLAGS,
             py_limited_api=STABLE,
             optional=True,

@@ -22,10 +22,10 @@ import numpy as np
 
 from benchmarks.slides import SIDE, TISSUE, ensure_slides
 from gigatome.blob.store import write_atomic
+from gigatome.core.native import NATIVE
 from gigatome.core.seeding import generator
 from gigatome.core.version import __version__
 from gigatome.slides.cohort import Cohort
-from gigatome.slides.native import NATIVE
 from gigatome.slides.reader import TiffReader
 from gigatome.slides.slide import Slide, open_slide
 from gigatome.tissue.segment import segment

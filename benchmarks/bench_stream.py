@@ -37,8 +37,8 @@ from benchmarks.slides import SIDE, ensure_slides
 from benchmarks.stream_many import many_markdown, measure_many
 from gigatome.blob.store import write_atomic
 from gigatome.core.job import Job
+from gigatome.core.native import NATIVE
 from gigatome.slides.cohort import Cohort, CohortSlide
-from gigatome.slides.native import NATIVE
 from gigatome.tiles.bench_result import machine
 from gigatome.tiles.bench_stream import bench_stream
 from gigatome.tiles.cohort_tissue import cohort_tissue

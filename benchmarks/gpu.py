@@ -6,7 +6,7 @@ stream is, is the share of the time that the device waited for tiles. Both in tu
 network and the decoding threads also share the cores.
 
 Nothing is fetched. On a machine without a network bring the wheels of what is missing, as this says by name, and the
-built extension (``src/gigatome/slides/_native.abi3.so``), or build it there: ``python setup.py build_ext --inplace``.
+built extension (``src/gigatome/_native.abi3.so``), or build it there: ``python setup.py build_ext --inplace``.
 ``--device cpu --tiny`` shows that it works.
 """
 
@@ -67,11 +67,11 @@ def stream(options: argparse.Namespace) -> dict[str, Any]:
     """How long the device waits for tiles."""
     import torch
 
+    from gigatome.core.native import NATIVE
     from gigatome.encoders.device import usable_device
     from gigatome.encoders.vit import EncoderConfig
     from gigatome.selfsup.dino import Dino, DinoOptions
     from gigatome.selfsup.views import ViewOptions
-    from gigatome.slides.native import NATIVE
     from gigatome.slides.synthetic import SyntheticOptions, make_cohort
     from gigatome.tiles.stream import TileStream
     from gigatome.training.loop import FitOptions, fit

@@ -32,7 +32,7 @@ from gigatome.tiles.bench_result import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MODULE = "gigatome.slides._native"
+MODULE = "gigatome._native"
 CASES = ((0.25, 1), (0.5, 2))
 """mpp, and by how much it shrinks level 0 of the benchmark slides."""
 TILE, PLACES, HERTZ = 256, 500, 1999
@@ -71,7 +71,7 @@ def build(folder: Path) -> Path:
     """The extension as it is installed, with debugging information; returns its path."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"CFLAGS": "-g"}, check=True, stdout=sys.stderr)
-    return next(folder.glob("gigatome/slides/_native*.so"))
+    return next(folder.glob("gigatome/_native*.so"))
 
 
 def read_tiles(library: Path, slide_path: Path, mpp: float, shrink: int, seconds: float) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def read_tiles(library: Path, slide_path: Path, mpp: float, shrink: int, seconds
     native = sys.modules[MODULE] = importlib.util.module_from_spec(spec)
     loader.exec_module(native)
     from benchmarks.bench_quality import tissue_places
-    from gigatome.slides.native import NATIVE
+    from gigatome.core.native import NATIVE
     from gigatome.slides.slide import open_slide
 
     assert NATIVE is native

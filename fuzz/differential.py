@@ -18,8 +18,8 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).paren
 
 from seeds import SAMPLINGS, encode, picture, restarted, split_tables
 
+from gigatome.core.native import NATIVE
 from gigatome.slides.decode import ChunkError, decode_jpeg, jpeg_prefix
-from gigatome.slides.native import NATIVE
 
 EMPTY = b"\xff\xd8\xff\xd9"
 KEPT_CASES = 40

@@ -29,10 +29,10 @@ NUMBERS = (-(1 << 63), -(1 << 31), -1, 0, 1, 2, 3, 31, 33, 65535, 65536, (1 << 3
 def load(path: str | None):
     """The extension at ``path``, or the one that is installed."""
     if path is None:
-        from gigatome.slides.native import NATIVE
+        from gigatome.core.native import NATIVE
 
         return NATIVE
-    loader = importlib.machinery.ExtensionFileLoader("gigatome.slides._native", path)
+    loader = importlib.machinery.ExtensionFileLoader("gigatome._native", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
@@ -132,7 +132,26 @@ class Caller:
         return arguments
 
     def read_tiles(self) -> None:
-        """One call, of up to three windows."""
+        """One call, of up to three windows, alone or among others."""
+        results, chunks = self.read(self.rng.randint(0, 3))
+        for status, _ in results:
+            assert set(status) <= {0, 1, 2}
+        for chunk in chunks:
+            if isinstance(chunk, bytearray):
+                chunk.append(0)  # a buffer that is held would refuse
+
+    def read(self, others: int) -> tuple[list[tuple[bytes, float]], list[bytes | bytearray]]:
+        """Results of ``read_tiles``, or of ``read_many`` if there are others, and the chunks that were given."""
+        calls, chunks = zip(*(self.read_arguments() for _ in range(others + 1)), strict=True)
+        given = [chunk for some in chunks for chunk in some]
+        if not others:
+            result = self.call(self.native.read_tiles, calls[0])
+            return ([] if result is None else [result]), given
+        results = self.call(self.native.read_many, [[tuple(call) for call in calls]])
+        return [result for result in results or [] if isinstance(result, tuple)], given
+
+    def read_arguments(self) -> tuple[list, list[bytes | bytearray]]:
+        """Arguments of ``read_tiles``, and the chunks among them."""
         rng, shrink = self.rng, self.rng.randrange(4)
         side = SIDE >> shrink
         number, height, width = rng.randint(0, 3), rng.randint(1, 2 * side), rng.randint(1, 2 * side)
@@ -162,13 +181,11 @@ class Caller:
         if rng.random() < 0.05:
             source = rng.choice((self.closed, -1, 1 << 40, None, chunks[1:], {}, "text", True))
         arguments = [source, *self.spoil([offsets, counts]), tuple(kind), *self.spoil([corners, out, shrink])]
-        status = self.call(self.native.read_tiles, [tables, *arguments])
-        if status is not None:
-            status = status[0] if isinstance(status, tuple) else status
-            assert set(status) <= {0, 1, 2}
-        for chunk in chunks:
-            if isinstance(chunk, bytearray):
-                chunk.append(0)  # a buffer that is held would refuse
+        return [tables, *arguments], chunks
+
+    def digests(self) -> None:
+        """One call."""
+        self.call(self.native.digests, [self.rng.choice((self.chunks, [*self.chunks, self.spoiled(0)], self.counts))])
 
     def resample(self) -> None:
         """One call, with weights of any size."""
@@ -189,7 +206,9 @@ class Caller:
 
     def call(self, function, arguments: list):
         """Calls; counts what came of it, and sees that no argument is still held."""
-        owned = [argument for argument in arguments if isinstance(argument, np.ndarray | Sequence | self.native.Tables)]
+        calls = [call for argument in arguments if isinstance(argument, list) for call in argument]
+        given = [*arguments, *(argument for call in calls if isinstance(call, tuple) for argument in call)]
+        owned = [argument for argument in given if isinstance(argument, np.ndarray | Sequence | self.native.Tables)]
         before = [sys.getrefcount(argument) for argument in owned]
         try:
             result, outcome = function(*arguments), "done"
@@ -212,7 +231,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         caller = Caller(native, Path(folder), options.seed)
         while time.monotonic() < end:
-            for call in (caller.read_tiles, caller.read_tiles, caller.resample, caller.make_tables):
+            for call in (caller.read_tiles, caller.read_tiles, caller.resample, caller.make_tables, caller.digests):
                 call()
     print(*(f"{count:9} {outcome}" for outcome, count in sorted(caller.outcomes.items())), sep="\n")
 

@@ -1,8 +1,9 @@
-/* gigatome.slides._native: tiles cut out of the JPEG chunks of a level, and resampled, without the GIL. */
+/* gigatome._native: tiles cut out of the JPEG chunks of a level, and resampled, without the GIL; digests of bytes. */
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "digest.h"
 #include "jpeg.h"
 #include "resample.h"
 
@@ -77,7 +78,6 @@ typedef struct {
     int64_t tiles, height, width;
     int file;             /* or -1: chunks[] has the bytes of the chunks that are present, in order */
     const Py_buffer *chunks;
-    int64_t chunk_count;
     uint8_t *status; /* of each chunk of each tile: 0 placed, 1 left out of the file, 2 not decoded */
     int64_t status_count;
     int failure; /* errno of the file, or -1 if it ended early */
@@ -243,20 +243,95 @@ static int take_arrays(Batch *batch, const Py_buffer views[4]) {
     return 1;
 }
 
-static PyObject *run_with_status(Batch *batch) {
-    PyObject *status = PyBytes_FromStringAndSize(NULL, batch->status_count);
-    Workspace *workspace = status ? take_workspace() : NULL;
-    if (!workspace) {
-        Py_XDECREF(status);
-        return PyErr_NoMemory();
+/* One call's arguments, held while it runs. */
+typedef struct {
+    Batch batch;
+    Py_buffer views[4]; /* offsets, counts, corners, out */
+    Py_buffer *chunks;
+    int views_held;
+    Py_ssize_t chunks_held;
+    PyObject *status;
+} Job;
+
+static void job_release(Job *job) {
+    while (job->chunks_held) PyBuffer_Release(&job->chunks[--job->chunks_held]);
+    while (job->views_held) PyBuffer_Release(&job->views[--job->views_held]);
+    free(job->chunks);
+    Py_CLEAR(job->status);
+}
+
+/* Whether the bytes given, if any, are as many as the chunks that the windows touch. */
+static int chunks_fit(Batch *batch, Py_ssize_t count) {
+    if (check_spans(batch) && (batch->file >= 0 || count == count_present(batch))) return 1;
+    PyErr_SetString(PyExc_ValueError, "not as many chunks as the windows touch");
+    return 0;
+}
+
+/* The bytes of each chunk, as many as are present, from a sequence. */
+static int job_take_chunks(Job *job, PyObject *source) {
+    Py_ssize_t count = PySequence_Size(source);
+    if (count < 0 || !chunks_fit(&job->batch, count)) return 0;
+    if (!(job->chunks = calloc((size_t)count + 1, sizeof *job->chunks))) {
+        PyErr_NoMemory();
+        return 0;
     }
-    batch->status = (uint8_t *)PyBytes_AsString(status);
-    Py_BEGIN_ALLOW_THREADS
-    run_batch(batch, workspace);
-    Py_END_ALLOW_THREADS
-    give_workspace(workspace);
-    if (!batch->failure) return Py_BuildValue("(Nd)", status, batch->waited);
-    Py_DECREF(status);
+    for (; job->chunks_held < count; job->chunks_held++) {
+        PyObject *item = PySequence_GetItem(source, job->chunks_held);
+        int failed = !item || PyObject_GetBuffer(item, &job->chunks[job->chunks_held], PyBUF_SIMPLE);
+        Py_XDECREF(item);
+        if (failed) return 0;
+    }
+    job->batch.chunks = job->chunks;
+    return 1;
+}
+
+static int job_take(Job *job, PyObject *module, PyObject *args) {
+    static const int flags[4] = {PyBUF_ND, PyBUF_ND, PyBUF_ND, PyBUF_ND | PyBUF_WRITABLE};
+    PyObject *tables, *source, *objects[4];
+    Batch *batch = &job->batch;
+    batch->file = -1;
+    if (!PyTuple_Check(args)) {
+        PyErr_SetString(PyExc_TypeError, "a call is a tuple of arguments");
+        return 0;
+    }
+    if (!PyArg_ParseTuple(args, "OOOO(iiip)OOi", &tables, &source, &objects[0], &objects[1], &batch->chunk_width,
+                          &batch->chunk_height, &batch->components, &batch->rgb, &objects[2], &objects[3],
+                          &batch->shrink))
+        return 0;
+    PyTypeObject *type = PyModule_GetState(module) ? *(PyTypeObject **)PyModule_GetState(module) : NULL;
+    if (!type || !PyObject_TypeCheck(tables, type)) {
+        PyErr_SetString(PyExc_TypeError, "tables must be Tables");
+        return 0;
+    }
+    batch->tables = ((TablesObject *)tables)->tables;
+    for (; job->views_held < 4; job->views_held++)
+        if (PyObject_GetBuffer(objects[job->views_held], &job->views[job->views_held], flags[job->views_held])) return 0;
+    int whole = (1 << 3) - 1;
+    int sides_right = batch->shrink >= 0 && batch->shrink <= 3 && batch->chunk_width > 0 && batch->chunk_height > 0 &&
+                      batch->chunk_width <= 65535 && batch->chunk_height <= 65535 &&
+                      !((batch->chunk_width | batch->chunk_height) & (whole >> (3 - batch->shrink)));
+    if (!sides_right || !take_arrays(batch, job->views) || !check_spans(batch)) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or a window lies outside the level");
+        return 0;
+    }
+    if (!PyLong_Check(source)) return job_take_chunks(job, source);
+    long file = PyLong_AsLong(source);
+    if (!PyErr_Occurred() && (file < 0 || file > INT_MAX)) PyErr_SetString(PyExc_ValueError, "the file is closed");
+    batch->file = (int)file;
+    return !PyErr_Occurred();
+}
+
+/* The last look at the arrays, which Python code could have changed until now. */
+static int job_begin(Job *job) {
+    if (!chunks_fit(&job->batch, job->chunks_held)) return 0;
+    if (!(job->status = PyBytes_FromStringAndSize(NULL, job->batch.status_count))) return 0;
+    job->batch.status = (uint8_t *)PyBytes_AsString(job->status);
+    return 1;
+}
+
+static PyObject *job_result(const Job *job) {
+    const Batch *batch = &job->batch;
+    if (!batch->failure) return Py_BuildValue("(Od)", job->status, batch->waited);
     if (batch->failure == ENOMEM) return PyErr_NoMemory();
     if (batch->failure < 0)
         PyErr_SetString(PyExc_EOFError, "the file ends within a chunk");
@@ -267,31 +342,19 @@ static PyObject *run_with_status(Batch *batch) {
     return NULL;
 }
 
-/* Whether that is how many chunks are present; to be asked again whenever Python code could change the arrays. */
-static int chunks_fit(Batch *batch, Py_ssize_t count) {
-    if (check_spans(batch) && count == count_present(batch)) return 1;
-    PyErr_SetString(PyExc_ValueError, "not as many chunks as the windows touch");
-    return 0;
-}
-
-/* The bytes of each chunk, as many as are present, from a sequence. */
-static PyObject *run_with_chunks(Batch *batch, PyObject *source) {
-    Py_ssize_t count = PySequence_Size(source), taken = 0;
-    PyObject *result = NULL;
-    if (count < 0 || !chunks_fit(batch, count)) return NULL;
-    Py_buffer *views = calloc((size_t)count + 1, sizeof *views);
-    if (!views) return PyErr_NoMemory();
-    for (; taken < count; taken++) {
-        PyObject *item = PySequence_GetItem(source, taken);
-        int failed = !item || PyObject_GetBuffer(item, &views[taken], PyBUF_SIMPLE);
-        Py_XDECREF(item);
-        if (failed) break;
+static int jobs_run(Job *jobs, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (!job_begin(&jobs[i])) return 0;
+    Workspace *workspace = take_workspace();
+    if (!workspace) {
+        PyErr_NoMemory();
+        return 0;
     }
-    batch->chunks = views;
-    if (taken == count && chunks_fit(batch, count)) result = run_with_status(batch);
-    while (taken) PyBuffer_Release(&views[--taken]);
-    free(views);
-    return result;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++) run_batch(&jobs[i].batch, workspace);
+    Py_END_ALLOW_THREADS
+    give_workspace(workspace);
+    return 1;
 }
 
 PyDoc_STRVAR(read_tiles_doc,
@@ -315,40 +378,52 @@ PyDoc_STRVAR(read_tiles_doc,
              "    ValueError: the arguments contradict each other.\n");
 
 static PyObject *read_tiles(PyObject *module, PyObject *args) {
-    static const int flags[4] = {PyBUF_ND, PyBUF_ND, PyBUF_ND, PyBUF_ND | PyBUF_WRITABLE};
-    PyObject *source, *objects[4], *tables, *result = NULL;
-    Py_buffer views[4];
-    Batch batch = {.file = -1};
-    int taken = 0;
-    if (!PyArg_ParseTuple(args, "OOOO(iiip)OOi", &tables, &source, &objects[0], &objects[1], &batch.chunk_width,
-                          &batch.chunk_height, &batch.components, &batch.rgb, &objects[2], &objects[3], &batch.shrink))
-        return NULL;
-    PyTypeObject *type = PyModule_GetState(module) ? *(PyTypeObject **)PyModule_GetState(module) : NULL;
-    if (!type || !PyObject_TypeCheck(tables, type)) {
-        PyErr_SetString(PyExc_TypeError, "tables must be Tables");
-        return NULL;
-    }
-    batch.tables = ((TablesObject *)tables)->tables;
-    for (; taken < 4; taken++)
-        if (PyObject_GetBuffer(objects[taken], &views[taken], flags[taken])) break;
-    int whole = (1 << 3) - 1;
-    if (taken == 4) {
-        int sides_right = batch.shrink >= 0 && batch.shrink <= 3 && batch.chunk_width > 0 && batch.chunk_height > 0 &&
-                          batch.chunk_width <= 65535 && batch.chunk_height <= 65535 &&
-                          !((batch.chunk_width | batch.chunk_height) & (whole >> (3 - batch.shrink)));
-        if (!sides_right || !take_arrays(&batch, views) || !check_spans(&batch))
-            PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or a window lies outside the level");
-        else if (PyLong_Check(source)) {
-            long file = PyLong_AsLong(source);
-            if (!PyErr_Occurred() && (file < 0 || file > INT_MAX))
-                PyErr_SetString(PyExc_ValueError, "the file is closed");
-            batch.file = (int)file;
-            if (!PyErr_Occurred()) result = run_with_status(&batch);
-        } else
-            result = run_with_chunks(&batch, source);
-    }
-    while (taken) PyBuffer_Release(&views[--taken]);
+    Job job = {0};
+    PyObject *result = job_take(&job, module, args) && jobs_run(&job, 1) ? job_result(&job) : NULL;
+    job_release(&job);
     return result;
+}
+
+/* The exception that is set, taken. */
+static PyObject *taken_error(void) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    Py_XDECREF(type);
+    Py_XDECREF(trace);
+    return error;
+}
+
+PyDoc_STRVAR(read_many_doc,
+             "read_many(calls)\n--\n\n"
+             "Makes several calls of :func:`read_tiles`, without the GIL from the first to the last.\n\n"
+             "Args:\n"
+             "    calls: list of tuples of arguments.\n\n"
+             "Returns:\n"
+             "    list of what each returns, or the OSError, EOFError or MemoryError that it would raise.\n\n"
+             "Raises:\n"
+             "    ValueError: the arguments of a call contradict each other; none was made.\n");
+
+static PyObject *read_many(PyObject *module, PyObject *calls) {
+    PyObject *copy = PySequence_Tuple(calls); /* which nobody else can change */
+    if (!copy) return NULL;
+    Py_ssize_t count = PyTuple_Size(copy), taken = 0;
+    Job *jobs = calloc((size_t)count + 1, sizeof *jobs);
+    PyObject *results = jobs ? PyList_New(0) : PyErr_NoMemory();
+    int good = results != NULL;
+    for (; good && taken < count; taken++) good = job_take(&jobs[taken], module, PyTuple_GetItem(copy, taken));
+    good = good && jobs_run(jobs, count);
+    for (Py_ssize_t i = 0; good && i < count; i++) {
+        PyObject *result = job_result(&jobs[i]);
+        if (!result) result = taken_error();
+        good = result && !PyList_Append(results, result);
+        Py_XDECREF(result);
+    }
+    while (taken) job_release(&jobs[--taken]);
+    free(jobs);
+    Py_DECREF(copy);
+    if (!good) Py_CLEAR(results);
+    return results;
 }
 
 static int take_axis(Axis *axis, const Py_buffer *index, const Py_buffer *weight, const Py_buffer *cover, int64_t source) {
@@ -410,8 +485,34 @@ static PyObject *resample(PyObject *module, PyObject *args) {
     return result;
 }
 
+PyDoc_STRVAR(digests_doc,
+             "digests(parts)\n--\n\n"
+             "A 32-bit digest of each of several bytes-like objects, to compare with one made before; list of int.\n");
+
+static PyObject *digests(PyObject *module, PyObject *parts) {
+    (void)module;
+    PyObject *results = PyList_New(0), *iterator = results ? PyObject_GetIter(parts) : NULL, *part;
+    while (iterator && (part = PyIter_Next(iterator))) {
+        Py_buffer view;
+        PyObject *value = NULL;
+        if (!PyObject_GetBuffer(part, &view, PyBUF_SIMPLE)) {
+            value = PyLong_FromUnsignedLong(digest(view.buf, (size_t)view.len));
+            PyBuffer_Release(&view);
+        }
+        Py_DECREF(part);
+        int failed = !value || PyList_Append(results, value);
+        Py_XDECREF(value);
+        if (failed) break;
+    }
+    Py_XDECREF(iterator);
+    if (PyErr_Occurred()) Py_CLEAR(results);
+    return results;
+}
+
 static PyMethodDef methods[] = {
+    {"digests", digests, METH_O, digests_doc},
     {"read_tiles", read_tiles, METH_VARARGS, read_tiles_doc},
+    {"read_many", read_many, METH_O, read_many_doc},
     {"resample", resample, METH_VARARGS, resample_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -424,7 +525,7 @@ static PyType_Slot tables_slots[] = {
 };
 
 static PyType_Spec tables_spec = {
-    .name = "gigatome.slides._native.Tables",
+    .name = "gigatome._native.Tables",
     .basicsize = sizeof(TablesObject),
     .flags = Py_TPFLAGS_DEFAULT,
     .slots = tables_slots,
@@ -442,7 +543,7 @@ static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}}
 
 static PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "gigatome.slides._native",
+    .m_name = "gigatome._native",
     .m_doc = "Tiles cut out of JPEG chunks, and resampled, without the GIL.",
     .m_size = sizeof(PyObject *),
     .m_methods = methods,

@@ -1,8 +1,10 @@
+import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from gigatome.blob import cache as cache_module
 from gigatome.blob.cache import ByteCache, Checksums
 
 
@@ -44,22 +46,40 @@ def test_the_cache_stays_within_its_limit_under_threads():
 
 def test_checksums_tell_other_bytes():
     checksums = Checksums(1024)
-    assert checksums.agree((1, 0, 5), b"hello")
-    assert checksums.agree((1, 0, 5), b"hello")
-    assert not checksums.agree((1, 0, 5), b"hallo")
-    assert checksums.agree((1, 0, 5), b"hello")
-    assert checksums.agree((2, 0, 5), b"hallo")
-    checksums.replace((1, 0, 5), b"hallo")
-    assert checksums.agree((1, 0, 5), b"hallo")
-    assert not checksums.agree((1, 0, 5), b"hello")
+    keys = [(1, 0, 5), (2, 0, 5), (3, 0, 5)]
+    first = [b"hello", b"hallo", b""]
+    assert checksums.differing(keys, first) == []
+    assert checksums.differing(keys, first) == []
+    assert checksums.differing(keys, [b"hallo", b"hallo", b"h"]) == [0, 2]
+    assert checksums.differing(keys, first) == []
+    checksums.replace(keys[0], b"hallo")
+    assert checksums.differing(keys[:1], [b"hallo"]) == []
+    assert checksums.differing(keys[:1], [b"hello"]) == [0]
 
 
 def test_checksums_in_a_full_table_forget_but_do_not_accuse():
     checksums = Checksums(16)
+    keys = [("object", k) for k in range(1000)]
     for _ in range(3):
-        for key in range(1000):
-            assert checksums.agree(("object", key), zlib.compress(b"%d" % key))
-    assert sum(not checksums.agree(("object", key), b"other") for key in range(1000)) <= 16
+        assert not any(checksums.differing([key], [zlib.compress(b"%d" % key[1])]) for key in keys)
+    assert sum(bool(checksums.differing([key], [b"other"])) for key in keys) <= 16
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_checksum_tells_any_damage(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(cache_module, "NATIVE", None)
+    rng = random.Random(0)
+    for size in (1, 7, 31, 32, 33, 64, 5000):
+        data = rng.randbytes(size)
+        others = [data[:-1], data + b"\0", data[::-1] + b"x", bytes(size)]
+        for bit in rng.sample(range(8 * size), min(8 * size, 50)):
+            others.append((int.from_bytes(data, "little") ^ 1 << bit).to_bytes(size, "little"))
+        for other in others:
+            checksums = Checksums(16)
+            assert not checksums.differing(["key"], [data])
+            assert not checksums.differing(["key"], [bytes(bytearray(data))])
+            assert checksums.differing(["key"], [other]) == [0]
 
 
 def test_checksums_need_a_power_of_two():

@@ -37,7 +37,14 @@ def read(request):
         yield lambda blob, ranges: blob.read_ranges(ranges)
         return
     with Fetcher() as fetcher:
-        yield lambda blob, ranges: fetcher.fetch([(blob, ranges)])[0].result(30)
+
+        def fetched(blob, ranges):
+            (result,) = fetcher.fetch([(blob, ranges)]).result(30)
+            if isinstance(result, StoreError):
+                raise result
+            return result
+
+        yield fetched
 
 
 def expected(ranges):

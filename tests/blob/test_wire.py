@@ -17,6 +17,7 @@ from gigatome.blob.fetch import Fetcher
 from gigatome.blob.remote import RemoteOptions
 from gigatome.blob.store import open_blob
 from gigatome.blob.wire import Wire
+from gigatome.core.errors import StoreError
 from range_server import serve
 
 DATA = bytes(range(256)) * 2000
@@ -70,7 +71,10 @@ def read(blob, times=1):
 
 def fetch_one(blob, start, length):
     with Fetcher() as fetcher:
-        return fetcher.fetch([(blob, [(start, length)])])[0].result(30)
+        (result,) = fetcher.fetch([(blob, [(start, length)])]).result(30)
+    if isinstance(result, StoreError):
+        raise result
+    return result
 
 
 @contextlib.contextmanager
@@ -109,8 +113,8 @@ def test_a_fetcher_asks_on_few_connections_and_not_through_obstore(server, witho
     before = server.connections
     with Fetcher(in_flight=8) as fetcher:
         wanted = [(blob, [(70_000 + 1000 * k, 500), (300_000 + 700 * k, 600)]) for k in range(100)]
-        for future, (_, ranges) in zip(fetcher.fetch(wanted), wanted, strict=True):
-            assert future.result(30) == [DATA[offset : offset + length] for offset, length in ranges]
+        for result, (_, ranges) in zip(fetcher.fetch(wanted).result(30), wanted, strict=True):
+            assert result == [DATA[offset : offset + length] for offset, length in ranges]
     assert {path for path, _ in server.requests} == {"/dir/a%20b%25c.bin?signature=a%2Fb%3D&x=1"}
     assert server.connections - before <= 8
 
@@ -270,7 +274,7 @@ def test_over_tls(server, tmp_path):
         del fetch.obstore.get_ranges_async
         with fetch.Fetcher() as fetcher:
             wanted = [(blob, [(70_000 + 9 * k, 5)]) for k in range(40)] + [(blob, [(100_000, 200_000)])]
-            sys.stdout.buffer.write(b"".join(future.result(30)[0] for future in fetcher.fetch(wanted)))
+            sys.stdout.buffer.write(b"".join(parts[0] for parts in fetcher.fetch(wanted).result(30)))
     """
     with serve({"a.bin": DATA}, tls=context) as secure:
         done = subprocess.run(

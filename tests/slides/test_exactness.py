@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from gigatome.slides.native import NATIVE
+from gigatome.core.native import NATIVE
 from gigatome.slides.reader import TiffReader
 from gigatome.slides.slide import Slide, open_slide
 from tiff_files import APERIO, ASCII, LONG, chunks_of, halved, jpeg, jpeg_page, raw_page, tiled_page, write_tiff

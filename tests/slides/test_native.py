@@ -12,8 +12,8 @@ import pytest
 import simplejpeg
 
 from gigatome.core.errors import DamagedSlideError
+from gigatome.core.native import NATIVE
 from gigatome.slides import resample
-from gigatome.slides.native import NATIVE
 from gigatome.slides.resample import Axis, window
 from gigatome.slides.slide import open_slide
 from tiff_files import jpeg_page, picture, split_tables, tiff_bytes
@@ -198,7 +198,7 @@ def test_resampling_is_the_same_to_the_last_bit():
 
 
 def test_it_can_be_switched_off():
-    command = "from gigatome.slides.native import NATIVE; print(NATIVE)"
+    command = "from gigatome.core.native import NATIVE; print(NATIVE)"
     environment = {**os.environ, "GIGATOME_NATIVE": "0"}
     result = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == "None"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_native import NO_TABLES, NOISE, PICTURE, encode, expected, read
 
-from gigatome.slides.native import NATIVE
+from gigatome.core.native import NATIVE
 from tiff_files import split_tables
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the C extension is not built")
@@ -204,6 +204,54 @@ def test_files_that_are_closed_or_too_short(tmp_path):
         NATIVE.read_tiles(*given.values())
     with pytest.raises(ValueError, match="closed"):
         NATIVE.read_tiles(*{**given, "source": -1}.values())
+
+
+def test_many_calls_at_once_give_what_each_gives(tmp_path):
+    calls = [arguments(count) for count in (1, 3, 2)]
+    alone = [(NATIVE.read_tiles(*given.values())[0], given["out"].copy()) for given in calls]
+    for given in calls:
+        given["out"][:] = 0
+    calls[1]["source"] = 99_999_999  # no such file
+    short = tmp_path / "short"
+    short.write_bytes(b"\xff\xd8")
+    with short.open("rb") as file:
+        calls[2]["source"] = file.fileno()
+        results = NATIVE.read_many([tuple(given.values()) for given in calls])
+    assert results[0][0] == alone[0][0]
+    assert np.array_equal(calls[0]["out"], alone[0][1])
+    assert isinstance(results[1], OSError)
+    assert isinstance(results[2], EOFError)
+    assert NATIVE.read_many([]) == []
+
+
+def test_one_call_that_makes_no_sense_stops_all():
+    good, bad = arguments(), arguments()
+    good["out"][:] = 0
+    bad["shrink"] = 9
+    with pytest.raises(ValueError, match="do not fit"):
+        NATIVE.read_many([tuple(good.values()), tuple(bad.values())])
+    assert not good["out"].any()
+    for calls, message in (([list(good.values())], "tuple"), ([()], "argument"), (3, "iterable")):
+        with pytest.raises(TypeError, match=message):
+            NATIVE.read_many(calls)
+
+
+@pytest.mark.parametrize("name", ["counts", "corners"])
+def test_a_later_call_that_changes_the_arrays_of_an_earlier_one_is_refused(name):
+    first, second = arguments(), arguments()
+    second["source"] = Changing(second["source"], first[name], 0 if name == "counts" else 1 << 40, "taken")
+    with pytest.raises(ValueError, match="not as many chunks"):
+        NATIVE.read_many([tuple(first.values()), tuple(second.values())])
+
+
+def test_digests_take_bytes_only():
+    assert NATIVE.digests([]) == []
+    one, other, same = NATIVE.digests([b"a" * 100, bytearray(b"a" * 99 + b"b"), memoryview(b"a" * 100)])
+    assert one == same != other
+    with pytest.raises(TypeError):
+        NATIVE.digests([b"a", 3])
+    with pytest.raises(TypeError):
+        NATIVE.digests(3)
 
 
 @pytest.mark.parametrize("index", [-1, 4, -(1 << 31), (1 << 31) - 1])

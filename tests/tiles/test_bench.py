@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from gigatome.core.errors import NoTissueError, SlideError
-from gigatome.slides.native import NATIVE
+from gigatome.core.native import NATIVE
 from gigatome.slides.slide import open_slide
 from gigatome.slides.synthetic import SyntheticOptions, make_slide
 from gigatome.tiles import bench, bench_readers

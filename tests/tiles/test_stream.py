@@ -14,6 +14,7 @@ from gigatome.core.job import Job
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.slides.slide import Slide
 from gigatome.tiles.handles import OpenSlides
+from gigatome.tiles.pipeline import _Memory
 from gigatome.tiles.pixel_filter import HsvFilter, keeps
 from gigatome.tiles.stream import StreamOptions, TileStream
 from gigatome.tissue.mask import TissueMask
@@ -360,3 +361,17 @@ def test_the_report_counts_what_was_done(cohort, masks):
     assert report.opened == len(cohort)
     assert report.decoding > 0
     assert 0 < report.waited <= report.seconds
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it():
+    memory = _Memory()
+    first = memory.take(24)
+    part = first.reshape(2, 4, 3)[1:, 2]
+    place = first.ctypes.data
+    part[...] = 7
+    del first
+    assert memory.take(24).ctypes.data != place
+    assert (part == 7).all()
+    del part
+    assert place in {memory.take(24).ctypes.data, memory.take(24).ctypes.data, memory.take(25).ctypes.data}
+    assert memory.take(0).size == 0

@@ -38,7 +38,7 @@ def test_a_slow_user_is_the_limit(cohort, masks):
 
 
 def test_slow_decoding_is_the_limit(cohort, masks, monkeypatch):
-    monkeypatch.setattr(TilePlan, "read", slowed(TilePlan.read, 0.01))
+    monkeypatch.setattr(TilePlan, "finish", slowed(TilePlan.finish, 0.01))
     report = streamed(cohort, masks)
     assert report.limit == "decoding"
     assert "decoding is the limit: its threads (2) had work" in report.sentence()
@@ -47,7 +47,7 @@ def test_slow_decoding_is_the_limit(cohort, masks, monkeypatch):
 
 def test_too_few_batches_read_ahead_leave_decoding_the_limit(cohort, masks, monkeypatch):
     """Eight threads for a batch of one tile: one decodes, which is the limit though most idle."""
-    monkeypatch.setattr(TilePlan, "read", slowed(TilePlan.read, 0.01))
+    monkeypatch.setattr(TilePlan, "finish", slowed(TilePlan.finish, 0.01))
     report = streamed(cohort, masks, threads=8, prefetch=1)
     assert report.decoding < 0.5 * report.threads * report.seconds
     assert report.limit == "decoding"
@@ -55,15 +55,14 @@ def test_too_few_batches_read_ahead_leave_decoding_the_limit(cohort, masks, monk
 
 
 def test_a_slow_disk_is_the_limit(cohort, masks, monkeypatch):
-    real = TilePlan.read
+    real = TilePlan.finish
 
-    def read(self, *arguments):
+    def finish(self, *arguments):
         time.sleep(0.01)
-        pixels = real(self, *arguments)
+        real(self, *arguments)
         self.waited += 0.01
-        return pixels
 
-    monkeypatch.setattr(TilePlan, "read", read)
+    monkeypatch.setattr(TilePlan, "finish", finish)
     assert streamed(cohort, masks).limit == "disk"
 
 

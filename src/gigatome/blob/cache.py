@@ -4,8 +4,10 @@ import threading
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Sequence
 from typing import final
+
+from gigatome.core.native import NATIVE
 
 
 @final
@@ -49,7 +51,7 @@ class ByteCache:
 
 @final
 class Checksums:
-    """CRC-32 of ranges read before, in 8 bytes each, to tell when one arrives with other bytes than the first time.
+    """Checksums of ranges read before, in 8 bytes each, to tell when one arrives with other bytes than the first time.
 
     A table of fixed size: a range whose place is taken by another is forgotten, and then passes as new. Two ranges are
     confused once in 2³² such cases, which costs a needless read and nothing else.
@@ -61,31 +63,33 @@ class Checksums:
     def __init__(self, count: int):
         if count < 1 or count & (count - 1):
             raise ValueError(f"{count} is not a power of two")
-        self._mask, self._sum = count - 1, _fast_crc32()
+        self._mask = count - 1
         self._table = array("Q", bytes(8 * count))
 
-    def agree(self, key: Hashable, data: bytes) -> bool:
-        """Whether ``data`` has the checksum noted for ``key``; notes it if there is none."""
-        place, entry = self._entry(key, data)
-        noted = self._table[place]
-        if (noted ^ entry) >> 32:
-            self._table[place] = entry
-            return True
-        return noted == entry
+    def differing(self, keys: Sequence[Hashable], parts: Sequence[bytes]) -> list[int]:
+        """Which of the parts do not have the checksum noted for their keys; notes it where there is none."""
+        found, table, mask = [], self._table, self._mask
+        for k, (key, checksum) in enumerate(zip(keys, _checksums(parts), strict=True)):
+            mixed = hash(key)
+            place, entry = mixed & mask, _entry(mixed, checksum)
+            noted = table[place]
+            if (noted ^ entry) >> 32:
+                table[place] = entry
+            elif noted != entry:
+                found.append(k)
+        return found
 
-    def replace(self, key: Hashable, data: bytes) -> None:
-        """Notes the checksum of ``data`` in place of the one noted for ``key``."""
-        place, entry = self._entry(key, data)
-        self._table[place] = entry
-
-    def _entry(self, key: Hashable, data: bytes) -> tuple[int, int]:
+    def replace(self, key: Hashable, part: bytes) -> None:
+        """Notes the checksum of ``part`` in place of the one noted for ``key``."""
         mixed = hash(key)
-        # The upper half tells ranges apart; that of an empty place is 0.
-        return mixed & self._mask, (mixed >> 32 & 0xFFFF_FFFF or 1) << 32 | self._sum(data)
+        self._table[mixed & self._mask] = _entry(mixed, _checksums([part])[0])
 
 
-def _fast_crc32() -> Callable[[bytes], int]:
-    """zlib-ng's CRC-32, three times as fast as that of some builds of Python, or Python's."""
-    import imagecodecs
+def _entry(mixed: int, checksum: int) -> int:
+    """The upper half tells ranges apart; that of an empty place is 0."""
+    return (mixed >> 32 & 0xFFFF_FFFF or 1) << 32 | checksum
 
-    return imagecodecs.zlibng_crc32 if imagecodecs.ZLIBNG.available else zlib.crc32  # pyright: ignore[reportReturnType]
+
+def _checksums(parts: Sequence[bytes]) -> list[int]:
+    """32 bits each; those of the extension in one call, since each turn of the GIL costs more than they do."""
+    return [zlib.crc32(part) for part in parts] if NATIVE is None else NATIVE.digests(parts)

@@ -133,14 +133,11 @@ def reading(
     if not joined.starts:
         return [b""] * len(ranges)
     bodies = yield from _whole(blob, joined.starts, joined.lengths, ledgers, needed=joined.needed)
-    parts, doubtful = [], []
-    agree, identity, starts = blob.checksums.agree, blob.identity, joined.starts
-    for place, owner in zip(ranges, joined.owner, strict=True):
-        start = place[0] - starts[owner]
-        part = bytes(bodies[owner][start : start + place[1]])
-        if not agree((identity, place), part):
-            doubtful.append(len(parts))
-        parts.append(part)
+    parts = []
+    for (offset, length), owner in zip(ranges, joined.owner, strict=True):
+        start = offset - joined.starts[owner]
+        parts.append(bytes(bodies[owner][start : start + length]))
+    doubtful = blob.checksums.differing([(blob.identity, place) for place in ranges], parts)
     if doubtful:
         again = yield from _whole(
             blob, [ranges[k][0] for k in doubtful], [ranges[k][1] for k in doubtful], ledgers, repeated=len(doubtful)
@@ -185,7 +182,7 @@ def _whole(
 def _majority(blob: "RemoteBlob", place: tuple[int, int], first: bytes, again: bytes) -> bytes:
     """The right bytes of a range that did not agree with an earlier read, now that it was read once more."""
     where, key = f"{blob.uri}: bytes {place[0]} to {sum(place)}", (blob.identity, place)
-    if blob.checksums.agree(key, again):
+    if not blob.checksums.differing([key], [again]):
         log.warning("%s arrived damaged once; read again", where)
         return again
     if again == first:

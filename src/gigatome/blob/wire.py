@@ -43,7 +43,7 @@ Want = tuple[RemoteBlob, Sequence[int], Sequence[int]]
 """An object, and the starts and lengths of ranges of it."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Batch:
     """Requests that are waited for together; a body stays None where its request failed."""
 
@@ -58,7 +58,7 @@ class _Batch:
             self.done.set_result(None)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Server:
     """A server and the connections to it, of which those on the stack are idle."""
 

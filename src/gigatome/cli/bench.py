@@ -12,7 +12,7 @@ from rich.table import Table
 from gigatome import config
 from gigatome.cli.options import SlideMpp, cohort_of
 from gigatome.cli.progress import progress_bar
-from gigatome.slides.native import NATIVE
+from gigatome.core.native import NATIVE
 from gigatome.tiles.bench import bench_read
 from gigatome.tiles.bench_result import HEADINGS, Reading, machine, remarks, rows
 from gigatome.tiles.bench_stream import bench_stream

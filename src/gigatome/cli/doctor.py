@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gigatome.core.native import NATIVE
 from gigatome.core.version import __version__
-from gigatome.slides.native import NATIVE
 
 _PARTS = (
     # distribution, extra (None: always installed), what it gives

@@ -14,8 +14,8 @@ import imagecodecs
 import numpy as np
 import simplejpeg
 
+from gigatome.core.native import NATIVE
 from gigatome.slides.index import Coding
-from gigatome.slides.native import NATIVE
 from gigatome.slides.tiff import TiffPage
 
 NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE, APERIO_J2K_YCBCR, APERIO_J2K_RGB, J2K = 1, 5, 7, 8, 32946, 33003, 33005, 34712

@@ -1,20 +1,21 @@
 """What every slide reader gives, and the reader for TIFF files that gigatome decodes itself."""
 
+import contextlib
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, final
+from typing import NoReturn, Protocol, final
 
 import numpy as np
 
 from gigatome.blob.store import Blob
-from gigatome.core.errors import DamagedSlideError, StoreError
+from gigatome.core.errors import DamagedSlideError, GigatomeError, StoreError
 from gigatome.core.geometry import Box
-from gigatome.slides.decode import RGB, ChunkError, ChunkFormat, chunk_format
-from gigatome.slides.index import LevelIndex, SlideIndex
-from gigatome.slides.native import NATIVE
+from gigatome.core.native import NATIVE
+from gigatome.slides.decode import RGB, ChunkError, chunk_format
+from gigatome.slides.index import SlideIndex
 from gigatome.slides.resample import WHITE, Axis, resample
 
 
@@ -150,59 +151,29 @@ class TiffReader:
     def read_into(
         self, output: np.ndarray, level: int, x: int, y: int, shrink: int = 1, data: Sequence[bytes] | None = None
     ) -> float:
-        """As :meth:`read_level`, into ``output`` uint8 [height, width, 3], contiguous.
-
-        Args:
-            output: where the pixels go; its size is that of the region.
-            level: of the pyramid.
-            x: left edge, in pixels of the level divided by ``shrink``.
-            y: top edge.
-            shrink: one of the level's ``shrinks``.
-            data: the bytes of :meth:`ranges`, if they have been fetched.
+        """As :meth:`read_level`, into ``output``; the arguments are those of :class:`Region`.
 
         Returns:
             Seconds in which the file was read.
         """
-        height, width = output.shape[:2]
-        index, chunk = self.index.levels[level], self._formats[level]
-        direct = chunk.native is not None and not index.coding.header
-        status, waited = None, 0.0
-        if data is None and not (direct and self.blob.handle >= 0):
-            start = time.perf_counter()
-            data = self.blob.read_ranges(self.ranges(level, x, y, width, height, shrink))
-            waited = time.perf_counter() - start
-        if direct:
-            status, seconds = self._read_native(output, index, chunk, x, y, shrink, data)
-            waited += seconds
-        if status is None or any(status):
-            self._read_slowly(output, level, x, y, shrink, data, status)
-        return waited
+        region = Region(self, output, level, x, y, shrink, data)
+        if error := read_regions([region])[0]:
+            raise error
+        return region.waited
 
-    def _read_native(
-        self,
-        output: np.ndarray,
-        index: LevelIndex,
-        chunk: ChunkFormat,
-        x: int,
-        y: int,
-        shrink: int,
-        data: Sequence[bytes] | None,
-    ) -> tuple[bytes, float]:
-        """Decodes in C; what became of each chunk, and the seconds in which the file was read."""
+    def native_call(
+        self, output: np.ndarray, level: int, x: int, y: int, shrink: int, data: Sequence[bytes] | None
+    ) -> tuple[object, ...] | None:
+        """Arguments of the extension's ``read_tiles``; None if it cannot read the level, or not by itself."""
+        index, chunk = self.index.levels[level], self._formats[level]
         source = self.blob.handle if data is None else data
+        if chunk.native is None or index.coding.header or source == -1:
+            return None
         kind = (chunk.width, chunk.height, chunk.components, index.coding.photometric == RGB)
         corners = np.array([[x, y]], np.int64)
-        halvings = shrink.bit_length() - 1
-        try:
-            return NATIVE.read_tiles(
-                chunk.native, source, index.offsets, index.counts, kind, corners, output[None], halvings
-            )
-        except OSError as error:
-            raise StoreError(f"{self._name}: cannot be read ({error.strerror})") from error
-        except EOFError:
-            raise DamagedSlideError(self._name, "it has become shorter since it was opened; copy it again") from None
+        return chunk.native, source, index.offsets, index.counts, kind, corners, output[None], shrink.bit_length() - 1
 
-    def _read_slowly(
+    def read_rest(
         self,
         output: np.ndarray,
         level: int,
@@ -212,7 +183,7 @@ class TiffReader:
         data: Sequence[bytes] | None,
         status: bytes | None,
     ) -> None:
-        """Places the chunks that are not there yet, each of them decoded whole."""
+        """Places the chunks whose ``status`` of the extension is not 0, all if it is None, each decoded whole."""
         index, chunk = self.index.levels[level], self._formats[level]
         rows, columns = self._grid(level, x, y, output.shape[1], output.shape[0], shrink)
         given = iter(data or ())
@@ -236,6 +207,14 @@ class TiffReader:
             slice(y // side_y, (y + height - 1) // side_y + 1),
             slice(x // side_x, (x + width - 1) // side_x + 1),
         )
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raises what an error of the extension means for this slide."""
+        if isinstance(error, OSError):
+            raise StoreError(f"{self._name}: cannot be read ({error.strerror})") from error
+        if isinstance(error, EOFError):
+            raise DamagedSlideError(self._name, "it has become shorter since it was opened; copy it again") from None
+        raise error
 
     def _decode(self, level: int, row: int, column: int, data: bytes, shrink: int, rows: int) -> np.ndarray:
         try:
@@ -263,6 +242,90 @@ class TiffReader:
     def close(self) -> None:
         """Closes the file."""
         self.blob.close()
+
+
+@final
+class Region:
+    """A region of a level on its way into memory.
+
+    Args:
+        reader: of the slide.
+        output: uint8 [height, width, 3], contiguous, where the pixels go; its size is that of the region.
+        level: of the pyramid.
+        x: left edge, in pixels of the level divided by ``shrink``.
+        y: top edge.
+        shrink: one of the level's ``shrinks``.
+        data: the bytes of :meth:`TiffReader.ranges`, if they have been fetched.
+
+    Attributes:
+        waited: seconds in which the file was read.
+    """
+
+    def __init__(
+        self,
+        reader: TiffReader,
+        output: np.ndarray,
+        level: int,
+        x: int,
+        y: int,
+        shrink: int,
+        data: Sequence[bytes] | None = None,
+    ):
+        self._reader, self._output, self._place, self._data = reader, output, (level, x, y, shrink), data
+        self.waited = 0.0
+
+    def native_call(self) -> tuple[object, ...] | None:
+        """Arguments for the extension, if it can read this; else the bytes are fetched."""
+        call = self._reader.native_call(self._output, *self._place, self._data)
+        if call is None and self._data is None:
+            level, x, y, shrink = self._place
+            height, width = self._output.shape[:2]
+            start = time.perf_counter()
+            self._data = self._reader.blob.read_ranges(self._reader.ranges(level, x, y, width, height, shrink))
+            self.waited = time.perf_counter() - start
+            call = self._reader.native_call(self._output, *self._place, self._data)
+        return call
+
+    def finish(self, result: tuple[bytes, float] | Exception | None) -> None:
+        """Takes what the extension gave, if it was called, and reads by libraries what is missing."""
+        if isinstance(result, Exception):
+            self._reader.fail(result)
+        status = None
+        if result is not None:
+            status, seconds = result
+            self.waited += seconds
+        if status is None or any(status):
+            self._reader.read_rest(self._output, *self._place, self._data, status)
+
+
+def read_regions(regions: Sequence[Region]) -> list[Exception | None]:
+    """Reads regions of any slides; where the extension reads them, without the GIL from the first to the last.
+
+    Returns:
+        What went wrong with each: a :class:`GigatomeError` or an OSError, or None.
+    """
+    errors: list[Exception | None] = [None] * len(regions)
+    calls: dict[int, tuple[object, ...]] = {}
+    for k, region in enumerate(regions):
+        with _kept(errors, k):
+            call = region.native_call()
+            if call is None:
+                region.finish(None)
+            else:
+                calls[k] = call
+    if calls:
+        for k, result in zip(calls, NATIVE.read_many(list(calls.values())), strict=True):
+            with _kept(errors, k):
+                regions[k].finish(result)
+    return errors
+
+
+@contextlib.contextmanager
+def _kept(errors: list[Exception | None], place: int) -> Iterator[None]:
+    try:
+        yield
+    except (GigatomeError, OSError) as error:
+        errors[place] = error
 
 
 def _range(part: slice) -> range:

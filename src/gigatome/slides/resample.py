@@ -13,7 +13,7 @@ from typing import final
 import cv2
 import numpy as np
 
-from gigatome.slides.native import NATIVE
+from gigatome.core.native import NATIVE
 
 WHITE = 255
 # Source pixels along one side of a block: bounds the memory of reading a whole slide for a thumbnail.

@@ -24,8 +24,8 @@ import numpy as np
 from gigatome.blob.store import is_remote, local_path, redact
 from gigatome.core.errors import NoTissueError, SlideError
 from gigatome.core.logs import Progress, silent
+from gigatome.core.native import NATIVE
 from gigatome.core.seeding import generator
-from gigatome.slides.native import NATIVE
 from gigatome.slides.slide import Slide, open_slide
 from gigatome.tiles.bench_readers import (
     GIGATOME,

@@ -19,9 +19,9 @@ import simplejpeg
 
 from gigatome.blob.store import open_blob
 from gigatome.core.errors import SlideError
+from gigatome.core.native import NATIVE
 from gigatome.core.version import __version__
 from gigatome.slides import decode
-from gigatome.slides.native import NATIVE
 from gigatome.slides.reader import Level
 from gigatome.slides.slide import Slide, open_slide
 from gigatome.slides.tiff import TiffFile

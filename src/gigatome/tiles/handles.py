@@ -88,6 +88,8 @@ class OpenSlides:
     def _evict(self, limit: int) -> list[Slide]:
         """Forgets the oldest handles beyond ``limit`` that nobody uses; their slides are to be closed."""
         surplus = len(self._handles) - limit
-        old = [index for index, handle in self._handles.items() if not handle.users][: max(0, surplus)]
+        if surplus <= 0:
+            return []
+        old = [index for index, handle in self._handles.items() if not handle.users][:surplus]
         handles = [self._handles.pop(index) for index in old]
         return [handle.slide for handle in handles if handle.slide is not None]

@@ -9,10 +9,10 @@ def _load() -> Any:
     if os.environ.get("GIGATOME_NATIVE", "1") == "0":
         return None
     try:
-        return importlib.import_module("gigatome.slides._native")
+        return importlib.import_module("gigatome._native")
     except ImportError:
         return None
 
 
 NATIVE: Any = _load()
-"""The module ``gigatome.slides._native``; None if it is not there, or ``GIGATOME_NATIVE`` is 0."""
+"""The module ``gigatome._native``; None if it is not there, or ``GIGATOME_NATIVE`` is 0."""
