@@ -29,7 +29,7 @@ def tiles() -> torch.Tensor:
 
 
 def views(dino: Dino, tiles: torch.Tensor, seed: int = 0) -> list[torch.Tensor]:
-    return dino.views(tiles, torch.Generator().manual_seed(seed))
+    return dino.views(tiles, torch.Generator().manual_seed(seed), CLOCK)
 
 
 def test_the_defaults_are_dinos():

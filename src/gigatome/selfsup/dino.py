@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gigatome.core.errors import ConfigError
 from gigatome.core.seeding import torch_seed
+from gigatome.distributed import mean_over_ranks
 from gigatome.encoders.heads import DinoHead
 from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
 from gigatome.encoders.zoo import save_encoder
@@ -122,7 +123,11 @@ class Dino(nn.Module):
         self.student.train(mode)
         return self
 
-    def views(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+    def lr_scales(self) -> dict[str, float]:
+        """All parameters learn at one rate."""
+        return {}
+
+    def views(self, images: Tensor, generator: torch.Generator, clock: Clock) -> list[Tensor]:
         """Normalised views [B, 3, size, size] of tiles uint8 [B, H, W, 3], the two global ones first."""
         encoder = self.student.encoder
         views = multi_crop(images, self.options.views, generator)
@@ -151,7 +156,8 @@ class Dino(nn.Module):
 
     def after_step(self, clock: Clock, finite: Tensor) -> None:
         """Moves teacher and centre, unless the step was not ``finite`` (bool scalar) and has been left out."""
-        center = update_center(self.center, torch.stack(self._teacher_means), self.options.center_momentum)
+        means = mean_over_ranks(torch.stack(self._teacher_means))
+        center = update_center(self.center, means, self.options.center_momentum)
         self._teacher_means.clear()
         self.center.copy_(torch.where(finite, center, self.center))
         update_average(list(self.teacher.parameters()), list(self.student.parameters()), self._momentum(clock), finite)

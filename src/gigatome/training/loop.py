@@ -138,8 +138,12 @@ class Stream(Protocol):
 class Method(Protocol):
     """What is learnt: an ``nn.Module`` that turns tiles into views and views into a loss."""
 
-    def views(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+    def views(self, images: Tensor, generator: torch.Generator, clock: Clock) -> list[Tensor]:
         """Views [B, …] of tiles uint8 [B, H, W, 3]; all randomness from ``generator``, which is on the CPU."""
+        ...
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Factors of the learning rate by name of parameter; 1 for those that are not named."""
         ...
 
     def loss(self, views: Sequence[Tensor], clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
@@ -248,7 +252,7 @@ def fit(
         method.train()
         parameters = dict(method.named_parameters())
         names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-        optimizer = adamw(parameters.items())
+        optimizer = adamw(parameters.items(), method.lr_scales())
         lr_peak = scaled_lr(options.lr, options.batch_size, options.lr_scaling)
 
         # resume
@@ -271,7 +275,7 @@ def fit(
             # views
             with meter.waiting():
                 images = _next_images(batches, options.batch_size, step).to(device, non_blocking=True)
-            views = method.views(images, torch.Generator().manual_seed(torch_seed(options.seed, "views", step)))
+            views = method.views(images, torch.Generator().manual_seed(torch_seed(options.seed, "views", step)), clock)
 
             # loss and backward
             optimizer.zero_grad(set_to_none=True)

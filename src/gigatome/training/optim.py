@@ -14,23 +14,25 @@ LrScaling = Literal["none", "linear", "sqrt"]
 Clipping = Literal["global", "per_parameter"]
 
 
-def adamw(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[tuple[str, nn.Parameter]], lr_scales: Mapping[str, float] = {}) -> torch.optim.AdamW:
     """AdamW over named parameters; those that need no gradient are left out, biases and 1-D ones do not decay.
 
-    Its rates are set before each step with :func:`set_rates`. It is the fused one, on the CPU too, because that one
-    can pass over a step without asking the host (:func:`step_if`).
+    Its rates are set before each step with :func:`set_rates`, times ``lr_scales`` of those that are named there. It is
+    the fused one, on the CPU too, because that one can pass over a step without asking the host (:func:`step_if`).
     """
-    learnt = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-    decays = [parameter for name, parameter in learnt if _decays(name, parameter)]
-    others = [parameter for name, parameter in learnt if not _decays(name, parameter)]
-    groups = [{"params": decays, "decay_scale": 1.0}, {"params": others, "decay_scale": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            scales = lr_scales.get(name, 1.0), float(_decays(name, parameter))
+            groups.setdefault(scales, []).append(parameter)
+    listed = [{"params": members, "lr_scale": lr, "decay_scale": decay} for (lr, decay), members in groups.items()]
+    return torch.optim.AdamW(listed, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Sets learning rate and weight decay for the next step."""
     for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = lr, weight_decay * group["decay_scale"]
+        group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["decay_scale"]
 
 
 def scaled_lr(lr: float, batch_size: int, rule: LrScaling) -> float:
