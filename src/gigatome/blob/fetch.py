@@ -3,17 +3,18 @@
 import asyncio
 import os
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import obstore
 
-from gigatome.blob.ranges import Ask, BrokenBodyError, Traffic, check_range, reading
+from gigatome.blob.ranges import BrokenBodyError, Joined, Traffic, check_range, join, reading
 from gigatome.blob.remote import RemoteBlob, translated
 from gigatome.blob.store import Blob
 from gigatome.blob.wire import Wire
@@ -67,14 +68,23 @@ class _Entry:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """Entries of one object that are read together: the reading, and what it asks for next."""
+    """Entries of one object that are read together."""
 
     blob: RemoteBlob
     entries: list[_Entry] = field(default_factory=list)
     requests: int = 0
     size: int = 0
-    steps: Generator[Ask, Any, list[bytes]] | None = None
-    ask: Ask | None = None
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        return [place for entry in self.entries for place in entry.ranges]
+
+    def take(self, parts: Sequence[bytes]) -> None:
+        first = 0
+        for entry in self.entries:
+            last = first + len(entry.ranges)
+            entry.take(list(parts[first:last]))
+            first = last
 
 
 @final
@@ -255,27 +265,38 @@ class _Engine:
         self._admit()
 
     async def _answer(self, jobs: Sequence[_Job]) -> None:
-        """Reads the jobs on the wire; what it cannot have so, each job reads through obstore."""
-        for job in jobs:
-            self._start(job)
-        asking = [(job, job.ask) for job in jobs if job.ask is not None]
-        bodies = await self._wire.read([(job.blob, ask.starts, ask.lengths) for job, ask in asking])
-        for (job, _), found in zip(asking, bodies, strict=True):
-            if found is not None:
-                _advance(job, found)
-        rest = [self._ask_obstore(job) for job, _ in asking if job.ask is not None]
+        """Reads the jobs on the wire; what it cannot have so, or is in doubt, each job reads through obstore."""
+        asked = [join(job.ranges) for job in jobs]
+        began = time.perf_counter()
+        found = await self._wire.read(
+            [(job.blob, joined.starts, joined.lengths) for job, joined in zip(jobs, asked, strict=True)]
+        )
+        seconds = time.perf_counter() - began
+        rest = [
+            self._ask_obstore(job, bodies)
+            for job, joined, bodies in zip(jobs, asked, found, strict=True)
+            if bodies is None or not self._hand_over(job, joined, bodies, seconds)
+        ]
         if rest:
             await asyncio.gather(*rest)
 
-    def _start(self, job: _Job) -> None:
-        ranges = [place for entry in job.entries for place in entry.ranges]
-        job.steps = reading(job.blob, ranges, job.blob.traffic, self.traffic)
-        _advance(job, None)
+    def _hand_over(self, job: _Job, joined: Joined, bodies: Sequence[memoryview], seconds: float) -> bool:
+        """Gives the entries their bytes, unless some are not those of an earlier read."""
+        blob, ranges = job.blob, job.ranges
+        for ledger in (blob.traffic, self.traffic):
+            ledger.add(len(bodies), joined.needed, sum(joined.lengths), 0, seconds)
+        parts = joined.cut(ranges, bodies)
+        if blob.checksums.differing([(blob.identity, place) for place in ranges], parts):
+            return False
+        job.take(parts)
+        return True
 
-    async def _ask_obstore(self, job: _Job) -> None:
-        """Reads what is left of a job; entry by entry if that fails, so that each fails for itself."""
+    async def _ask_obstore(self, job: _Job, bodies: Sequence[memoryview] | None = None) -> None:
+        """Reads a job, or what of its bodies is in doubt; entry by entry if that fails: each fails for itself."""
+        steps = reading(job.blob, job.ranges, job.blob.traffic, self.traffic, bodies=bodies)
         try:
-            while (ask := job.ask) is not None:
+            ask = next(steps)
+            while True:
                 if ask.delay:
                     await asyncio.sleep(ask.delay)
                 try:
@@ -285,24 +306,11 @@ class _Engine:
                         )
                 except BrokenBodyError as error:
                     answer = error
-                _advance(job, answer)
+                ask = steps.send(answer)
+        except StopIteration as end:
+            job.take(end.value)
         except StoreError as error:
             if len(job.entries) == 1:
                 return job.entries[0].take(error)
-            alone = [_Job(job.blob, [entry]) for entry in job.entries]
-            for each in alone:
-                self._start(each)
-            await asyncio.gather(*(self._ask_obstore(each) for each in alone))
+            await asyncio.gather(*(self._ask_obstore(_Job(job.blob, [entry])) for entry in job.entries))
         return None
-
-
-def _advance(job: _Job, answer: Any) -> None:
-    """Gives the reading an answer; hands over the bytes if it was the last."""
-    assert job.steps is not None  # noqa: S101 - started
-    try:
-        job.ask = job.steps.send(answer)
-    except StopIteration as end:
-        parts, first, job.ask = end.value, 0, None
-        for entry in job.entries:
-            entry.take(parts[first : first + len(entry.ranges)])
-            first += len(entry.ranges)

@@ -84,6 +84,15 @@ class Joined(NamedTuple):
     owner: list[int]
     needed: int
 
+    def cut(self, ranges: Sequence[tuple[int, int]], bodies: Sequence[memoryview]) -> list[bytes]:
+        """The bytes of each range, of the bodies of the requests."""
+        parts, starts = [], self.starts or [0]
+        bodies = bodies or [memoryview(b"")]
+        for (offset, length), owner in zip(ranges, self.owner, strict=True):
+            start = offset - starts[owner]
+            parts.append(bytes(bodies[owner][start : start + length]))
+        return parts
+
 
 def join(ranges: Sequence[tuple[int, int]]) -> Joined:
     """Joins ``(offset, length)`` that overlap, touch or all but touch; at most 5 % of a request is not needed."""
@@ -114,7 +123,10 @@ def join(ranges: Sequence[tuple[int, int]]) -> Joined:
 
 
 def reading(
-    blob: "RemoteBlob", ranges: Sequence[tuple[int, int]], *ledgers: Traffic
+    blob: "RemoteBlob",
+    ranges: Sequence[tuple[int, int]],
+    *ledgers: Traffic,
+    bodies: Sequence[memoryview] | None = None,
 ) -> Generator[Ask, Any, list[bytes]]:
     """Reads ranges of a remote object, whoever carries the requests.
 
@@ -125,6 +137,7 @@ def reading(
         blob: the object.
         ranges: ``(offset, length)`` inside it.
         *ledgers: where the traffic is noted.
+        bodies: of the requests that :func:`join` makes of the ranges, if they have been read, and noted, already.
 
     Raises:
         StoreError: a body stays short, or three reads of a range give three contents.
@@ -132,11 +145,9 @@ def reading(
     joined = join(ranges)
     if not joined.starts:
         return [b""] * len(ranges)
-    bodies = yield from _whole(blob, joined.starts, joined.lengths, ledgers, needed=joined.needed)
-    parts = []
-    for (offset, length), owner in zip(ranges, joined.owner, strict=True):
-        start = offset - joined.starts[owner]
-        parts.append(bytes(bodies[owner][start : start + length]))
+    if bodies is None:
+        bodies = yield from _whole(blob, joined.starts, joined.lengths, ledgers, needed=joined.needed)
+    parts = joined.cut(ranges, bodies)
     doubtful = blob.checksums.differing([(blob.identity, place) for place in ranges], parts)
     if doubtful:
         again = yield from _whole(
