@@ -31,7 +31,7 @@ from gigatome.encoders.vit import EncoderConfig
 from gigatome.selfsup.dino import Dino, DinoOptions
 from gigatome.selfsup.views import ViewOptions
 from gigatome.tiles.bench_result import machine
-from gigatome.training.optim import adamw, clip_gradients, set_rates, step_if
+from gigatome.training.optim import clip_gradients, make_optimizer, set_rates, step_if
 from gigatome.training.schedules import Clock
 
 LR, WEIGHT_DECAY, MOMENTUM, CLIP = 5e-4, 0.04, 0.996, 3.0
@@ -137,7 +137,7 @@ class OwnDino:
     def __init__(self, method: Dino, device: torch.device, precision: str):
         self.method, self.device, self.dtype = method, device, _PRECISIONS[precision]
         self.parameters = dict(method.named_parameters())
-        self.optimizer = adamw(self.parameters.items(), method.lr_scales())
+        self.optimizer = make_optimizer("adamw", self.parameters.items(), method.lr_scales())
 
     def step(self, views: Sequence[Tensor]) -> None:
         """One step on normalised views, the two global ones first."""

@@ -5,6 +5,8 @@ spot. The same run on a few batches that are held in memory says how fast the de
 stream is, is the share of the time that the device waited for tiles. Both in turn, medians of the rounds. On a CPU the
 network and the decoding threads also share the cores.
 
+``step``: :mod:`benchmarks.bench_step` on the GPU, a step of DINO beside a plain one.
+
 Nothing is fetched. On a machine without a network bring the wheels of what is missing, as this says by name, and the
 built extension (``src/gigatome/_native.abi3.so``), or build it there: ``python setup.py build_ext --inplace``.
 ``--device cpu --tiny`` shows that it works.
@@ -128,6 +130,13 @@ def stream(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def step(options: argparse.Namespace) -> dict[str, Any]:
+    """A step of DINO beside a plain one."""
+    from benchmarks import bench_step
+
+    return bench_step.run(options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
@@ -141,9 +150,18 @@ def main() -> None:
     part.add_argument("--slides", type=int, default=16)
     part.add_argument("--side", type=int, default=8192, help="level-0 pixels along each side of a slide")
     part.add_argument("--tiny", action="store_true", help="a tiny network on tiny tiles, to see whether it works")
-    options = parser.parse_args()
+    names.add_parser("step", help=step.__doc__, add_help=False)
+    options, rest = parser.parse_known_args()
     check()
-    print(json.dumps({"options": vars(options), **{"stream": stream}[options.name](options)}, indent=2))
+    if options.name == "step":
+        from benchmarks.bench_step import parser as step_parser
+
+        given = ["--device", "cuda", "--batch-size", "64", "--repeats", "10", "--precisions", "bf16", *rest]
+        options = argparse.Namespace(name="step", **vars(step_parser().parse_args(given)))
+    elif rest:
+        parser.error(f"unrecognised: {' '.join(rest)}")
+    result = {"stream": stream, "step": step}[options.name](options)
+    print(json.dumps({"options": vars(options), **result}, indent=2, default=str))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,12 @@ def gather_with_gradient(value: Tensor) -> Tensor:
     return value if world_size() == 1 else _Gather.apply(value)  # pyright: ignore[reportReturnType]
 
 
+def local(value: Tensor) -> Tensor:
+    """This process's part of a tensor that is sharded, without gradient; ``value`` itself if it is not."""
+    part = getattr(value.detach(), "to_local", None)  # of DTensor, which takes long to import
+    return part() if part else value
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

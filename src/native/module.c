@@ -1,10 +1,12 @@
-/* gigatome._native: tiles cut out of the JPEG chunks of a level, and resampled, without the GIL; digests of bytes. */
+/* gigatome._native: tiles cut out of the JPEG chunks of a level, and resampled, without the GIL; digests of bytes;
+ * views of tiles. */
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "digest.h"
 #include "jpeg.h"
+#include "module_views.h"
 #include "resample.h"
 
 #include <errno.h>
@@ -510,9 +512,11 @@ static PyObject *digests(PyObject *module, PyObject *parts) {
 }
 
 static PyMethodDef methods[] = {
+    {"crop_views", crop_views, METH_VARARGS, crop_views_doc},
     {"digests", digests, METH_O, digests_doc},
     {"read_tiles", read_tiles, METH_VARARGS, read_tiles_doc},
     {"read_many", read_many, METH_O, read_many_doc},
+    {"recolour_views", recolour_views, METH_VARARGS, recolour_views_doc},
     {"resample", resample, METH_VARARGS, resample_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -544,7 +548,7 @@ static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}}
 static PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gigatome._native",
-    .m_doc = "Tiles cut out of JPEG chunks, and resampled, without the GIL.",
+    .m_doc = "Tiles cut out of JPEG chunks, and resampled, and views of them, without the GIL.",
     .m_size = sizeof(PyObject *),
     .m_methods = methods,
     .m_slots = module_slots,

@@ -71,7 +71,7 @@ def test_zero_tissue(gigatome, tmp_path):
         (("check", "{empty}"), "no slide"),
         (("train", "demo/dino_vit_mini", "--data", "{empty}", "--dry-run"), "no slide"),
         (("train", "demo/dino_vit_mini", "--data", "x", "--dry-run", "--set", "fit.stepz=3"), "did you mean steps?"),
-        (("train", "kaiko/table1", "--data", "x", "--dry-run"), "did you mean kaiko/table1_vits16?"),
+        (("train", "kaiko/table1_vit16", "--data", "x", "--dry-run"), "did you mean kaiko/table1_vits16?"),
         (("embed", "{empty}", "--encoder", "nowhere", "-o", "job"), "no slide"),
         (("evaluate", "{empty}", "--labels", "none.csv", "--target", "x"), "holds no tile embeddings"),
         (("demo", "--slides", "{empty}"), "no slide"),

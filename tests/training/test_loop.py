@@ -14,10 +14,11 @@ from tiny_run import DINO, FIT, TinyStream, digest, make_dino, run
 
 from gigatome.core.errors import RunError
 from gigatome.encoders.zoo import load_encoder
-from gigatome.training.checkpoint import latest_checkpoint, random_state
+from gigatome.training.checkpoint import latest_checkpoint
 from gigatome.training.loop import FitOptions, fit
+from gigatome.training.random_state import random_state
 
-TIMES = ("time", "images_per_s", "data_wait_s")
+TIMES = ("time", "images_per_s", "data_wait_s", "data_wait", "tflops")
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,30 @@ def test_bfloat16_runs_and_keeps_float32_weights(tmp_path):
     result = fit(dino, TinyStream(), replace(FIT, steps=2, warmup_steps=0, precision="bf16"), tmp_path)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in dino.state_dict().values())
     assert result.metrics["skipped"] == 0
+
+
+@pytest.mark.slow
+def test_compiled_networks_learn_the_same(tmp_path):
+    results = []
+    for compiled in (False, True):
+        dino = make_dino()
+        fit(dino, TinyStream(), replace(FIT, steps=3, compile=compiled), tmp_path / str(compiled))
+        results.append(dino.state_dict())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # student and teacher, whole
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_other_sinks_get_every_line(tmp_path):
+    class Sink:
+        def begin(self, step):
+            self.lines = [step]
+
+        def write(self, line):
+            self.lines.append(line["step"])
+
+    sink = Sink()
+    run(tmp_path, replace(FIT, steps=3), sinks=[sink])
+    assert sink.lines == [0, 2, 3]
 
 
 def test_the_evaluation_hook_joins_the_metrics(tmp_path, whole):
@@ -310,6 +335,7 @@ def test_batches_of_another_size_are_refused(tmp_path):
         {"steps": 5, "warmup_steps": 5},
         {"steps": 5, "batch_size": 6, "grad_accumulation": 4},
         {"steps": 5, "keep": 0},
+        {"steps": 5, "momentum": 1.0},
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from gigatome.training.optim import (
-    adamw,
     clip_gradients,
     load_optimizer_tensors,
+    make_optimizer,
     optimizer_tensors,
     scaled_lr,
     set_rates,
@@ -32,7 +32,7 @@ def backward(module, scale=1.0):
 
 
 def test_biases_and_norms_do_not_decay_and_frozen_ones_are_left_out(module):
-    optimizer = adamw(module.named_parameters())
+    optimizer = make_optimizer("adamw", module.named_parameters())
     set_rates(optimizer, lr=0.1, weight_decay=0.3)
     names = {parameter: name for name, parameter in module.named_parameters()}
     groups = {
@@ -94,7 +94,7 @@ def test_a_bad_gradient_shows_in_the_norm_and_stays_in_its_parameter(module, mod
 
 
 def test_a_step_that_is_not_finite_changes_nothing(module):
-    optimizer = adamw(module.named_parameters())
+    optimizer = make_optimizer("adamw", module.named_parameters())
     names = {p: name for name, p in module.named_parameters()}
     set_rates(optimizer, 0.1, 0.3)
     backward(module)
@@ -115,7 +115,7 @@ def test_a_step_that_is_not_finite_changes_nothing(module):
 
 def test_steps_are_those_of_plain_adamw(module):
     other = copy.deepcopy(module)
-    ours = adamw(module.named_parameters())
+    ours = make_optimizer("adamw", module.named_parameters())
     set_rates(ours, 0.01, 0.0)
     theirs = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
     for _ in range(3):
@@ -129,14 +129,14 @@ def test_steps_are_those_of_plain_adamw(module):
 
 def test_the_optimisers_state_goes_out_and_in(module):
     names = {p: name for name, p in module.named_parameters()}
-    first = adamw(module.named_parameters())
+    first = make_optimizer("adamw", module.named_parameters())
     set_rates(first, 0.1, 0.1)
     backward(module)
     step_if(first, YES)
     saved = {name: value.clone() for name, value in optimizer_tensors(first, names).items()}
     assert set(saved) >= {"0.weight/exp_avg", "0.weight/exp_avg_sq", "0.weight/step"}
     twin = copy.deepcopy(module)
-    second = adamw(twin.named_parameters())
+    second = make_optimizer("adamw", twin.named_parameters())
     set_rates(second, 0.1, 0.1)
     load_optimizer_tensors(second, {p: name for name, p in twin.named_parameters()}, saved)
     for one, optimizer in ((module, first), (twin, second)):
@@ -166,3 +166,73 @@ def test_the_moving_average_stands_still_on_a_bad_step():
     before = average[0].clone()
     update_average(average, values, 0.1, NO)
     assert torch.equal(average[0], before)
+
+
+def trajectory(optimizer, module, steps=3, skip=()):
+    """Weights after steps with a gradient of its own for each, of which some are not finite."""
+    for step in range(steps):
+        set_rates(optimizer, lr=0.1, weight_decay=0.2)
+        backward(module, float("nan") if step in skip else 1.0 + step)
+        step_if(optimizer, NO if step in skip else YES)
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_steps_are_those_of_plain_sgd_and_adam(module, kind):
+    other = copy.deepcopy(module)
+    ours = trajectory(make_optimizer(kind, module.named_parameters(), momentum=0.8), module)
+    decaying = [p for p in other.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in other.parameters() if p.requires_grad and p.ndim == 1]
+    groups = [{"params": decaying, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+    plain = torch.optim.SGD(groups, 0.1, momentum=0.8) if kind == "sgd" else torch.optim.Adam(groups, 0.1)
+    for step in range(3):
+        backward(other, 1.0 + step)
+        plain.step()
+    torch.testing.assert_close(ours, [parameter.detach() for parameter in other.parameters()])
+
+
+def test_lars_is_moco_v3s(module):
+    other = copy.deepcopy(module)
+    trajectory(make_optimizer("lars", module.named_parameters(), momentum=0.8), module)
+    buffers = {}
+    for step in range(3):
+        backward(other, 1.0 + step)
+        for name, weight in other.named_parameters():
+            if weight.grad is None:
+                continue
+            update = weight.grad.clone()
+            if weight.ndim > 1:  # the formula of moco-v3
+                update = update + 0.2 * weight.detach()
+                update = update * (0.001 * float(weight.detach().norm()) / float(update.norm()))
+            buffers[name] = 0.8 * buffers.get(name, 0.0) + update
+            weight.data -= 0.1 * buffers[name]
+    for mine, theirs in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd", "lars"])
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_a_step_that_is_left_out_leaves_no_trace(module, kind, skipped):
+    other = copy.deepcopy(module)
+    mine, theirs = (make_optimizer(kind, of.named_parameters()) for of in (module, other))
+    trajectory(mine, module, steps=3, skip={skipped})
+    for scale in [1.0 + step for step in range(3) if step != skipped]:
+        set_rates(theirs, lr=0.1, weight_decay=0.2)
+        backward(other, scale)
+        step_if(theirs, YES)
+    for ours, yours in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, yours)
+    names = [{parameter: name for name, parameter in of.named_parameters()} for of in (module, other)]
+    left, right = (optimizer_tensors(o, n) for o, n in zip((mine, theirs), names, strict=True))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_lars_takes_plain_steps_where_a_weight_or_its_update_is_nothing():
+    module = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(module.weight)
+    optimizer = make_optimizer("lars", module.named_parameters())
+    set_rates(optimizer, lr=0.5, weight_decay=0.1)
+    module.weight.grad = torch.ones(2, 2)
+    step_if(optimizer, YES)
+    assert torch.equal(module.weight, torch.full((2, 2), -0.5))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gigatome.core.seeding import generator
+from gigatome.distributed import rank, world_size
 from gigatome.encoders.vit import EncoderConfig
 from gigatome.selfsup.dino import Dino, DinoOptions
 from gigatome.selfsup.views import ViewOptions
@@ -34,26 +35,27 @@ class TinyBatch:
 
 @dataclass(frozen=True)
 class TinyStream:
-    """Coloured waves; batch k is a pure function of k."""
+    """Coloured waves; batch k is a pure function of k, of which each process gets its part."""
 
     batch_size: int = 4
     size: int = 40
     end: int | None = None
 
     def state(self):
-        return {}
+        return {"of process": [rank()]}
 
     def restore(self, state):
-        assert state == {}
+        assert state == self.state()
 
     def batches(self, start_step: int = 0) -> Iterator[TinyBatch]:
         y, x = np.mgrid[: self.size, : self.size] / self.size
-        step = start_step
+        share, step = self.batch_size // world_size(), start_step
+        mine = slice(rank() * share, (rank() + 1) * share)
         while self.end is None or step < self.end:
             random = generator(7, "tiny", step)
             frequency, phase = random.uniform(2, 30, (2, self.batch_size, 1, 1, 3))
             waves = np.sin(frequency * x[..., None] + frequency[..., ::-1] * y[..., None] + phase)
-            yield TinyBatch((waves * 127 + 128).astype(np.uint8))
+            yield TinyBatch((waves[mine] * 127 + 128).astype(np.uint8))
             step += 1
 
 
@@ -87,11 +89,11 @@ def killed_often(out: Path, options: FitOptions, kills: int, seed: int) -> int:
     for kill in range(kills + 1):
         child = os.fork()
         if child == 0:
-            checkpoint._sync = _sync_slowly
+            slow_disk()
             run(out, options, resume=True)
             os._exit(0)
         if kill < kills:
-            _wait(child, out / "checkpoints", inside_save=kill % 2 == 0)
+            wait_for_moment(child, out / "checkpoints", inside_save=kill % 2 == 0, longest=0.5)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
@@ -102,19 +104,21 @@ def killed_often(out: Path, options: FitOptions, kills: int, seed: int) -> int:
     return inside
 
 
-_SYNC = checkpoint._sync
+def slow_disk() -> None:
+    """Makes saves slow enough to be killed in the middle of one."""
+    sync = checkpoint._sync
+
+    def slowly(path: Path) -> None:
+        time.sleep(0.02)
+        sync(path)
+
+    checkpoint._sync = slowly
 
 
-def _sync_slowly(path: Path) -> None:
-    """A disk slow enough to be killed in the middle of a save."""
-    time.sleep(0.01)
-    _SYNC(path)
-
-
-def _wait(child: int, folder: Path, *, inside_save: bool) -> None:
+def wait_for_moment(child: int, folder: Path, *, inside_save: bool, longest: float) -> None:
     """Waits for a random moment: of the second save from now, or of any step."""
     if not inside_save:
-        time.sleep(random.uniform(0.02, 0.5))
+        time.sleep(random.uniform(0.02, longest))
         return
     before, deadline = set(folder.glob("step-*")), time.monotonic() + 30
     while time.monotonic() < deadline and not (set(folder.glob("step-*")) - before and any(folder.glob(".tmp-*"))):

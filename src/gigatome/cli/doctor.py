@@ -26,6 +26,8 @@ _PARTS = (
     ("scikit-learn", "learn", "linear and kNN probes"),
     ("matplotlib", "learn", "charts of the report"),
     ("jinja2", "learn", "pages of the report"),
+    ("tensorboard", "watch", "shows a training's figures (gigatome train --watch N --tensorboard)"),
+    ("wandb", "watch", "reports a training to Weights & Biases"),
 )
 
 

@@ -11,7 +11,21 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from gigatome.cli import bench, check, demo, doctor, embed, evaluate, heatmap, info, recipes, tile, tissue, train
+from gigatome.cli import (
+    bench,
+    check,
+    demo,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    heatmap,
+    info,
+    recipes,
+    tile,
+    tissue,
+    train,
+)
 from gigatome.core.errors import GigatomeError
 
 app = typer.Typer(
@@ -32,6 +46,7 @@ for command in (
     embed.embed,
     evaluate.evaluate,
     heatmap.heatmap,
+    export.export,
     doctor.doctor,
 ):
     app.command()(command)

@@ -13,10 +13,10 @@ def list_recipes() -> None:
     """List the built-in recipes: what each reproduces and whether we have measured it."""
     from gigatome.recipes.schema import recipe_header, recipe_names
 
-    table = Table("recipe", "paper", "reproduces", "status", box=None, pad_edge=False)
+    table = Table("recipe", "method", "paper", "reproduces", "status", box=None, pad_edge=False)
     for name in recipe_names():
         header = recipe_header(name)
-        table.add_row(name, header["paper"], header["table"], header["status"])
+        table.add_row(name, *(header[key] for key in ("method", "paper", "table", "status")))
     Console().print(table)
 
 

@@ -20,22 +20,40 @@ def train(
     job: Path | None = typer.Option(
         None, help="Job directory to take tissue from and to keep it in; the run folder by default."
     ),
+    watch: int | None = typer.Option(
+        None, metavar="STEPS", help="Every so many steps: rank and spread of embeddings, and an alarm at a collapse."
+    ),
+    labelled: str | None = typer.Option(
+        None, help="Folder or CSV of labelled tiles, for kNN and linear accuracy with --watch."
+    ),
+    tensorboard: bool = typer.Option(False, "--tensorboard", help="With --watch: also write files for TensorBoard."),
+    wandb: str | None = typer.Option(None, metavar="PROJECT", help="With --watch: also report to Weights & Biases."),
     slide_mpp: SlideMpp = None,
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Check recipe, table and network; print what would be done. Opens no slide."
     ),
 ) -> None:
-    """Train an encoder on tiles read from the slides as they are needed."""
+    """Train an encoder on tiles read from the slides as they are needed.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m gigatome train … --device cuda. Exit code 75: a signal has stopped
+    the run after saving; queue it again with --resume.
+    """
     from gigatome import config
     from gigatome.recipes.run import plan
     from gigatome.recipes.run import train as run_training
     from gigatome.recipes.schema import load_recipe
+    from gigatome.recipes.watch import WatchOptions
+    from gigatome.training.launch import PREEMPTED, launch_rank, launch_size
 
     changes = list(assignments)
     changes += [f"fit.steps={steps}", "fit.epochs=null"] if steps is not None else []
     changes += [f"fit.device={device}"] if device is not None else []
+    changes += [f"fit.evaluate_every={watch}"] if watch is not None else []
+    if watch is None and (labelled or tensorboard or wandb):
+        raise typer.BadParameter("say how often, as --watch 500", param_hint="--watch")
+    watching = WatchOptions(labelled=labelled, tensorboard=tensorboard, wandb=wandb) if watch is not None else None
     loaded = load_recipe(recipe, changes)
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=launch_rank() > 0)
     cohort = cohort_of(data, slide_mpp)
     if dry_run:
         console.print(config.to_yaml(loaded), soft_wrap=True, markup=False)
@@ -45,11 +63,11 @@ def train(
     if out is None:
         raise typer.BadParameter("give a run folder with -o, or pass --dry-run", param_hint="--out")
     with progress_bar() as progress:
-        run = run_training(loaded, cohort, out, resume=resume, job=job, progress=progress)
+        run = run_training(loaded, cohort, out, resume=resume, job=job, watch=watching, progress=progress)
     console.print(f"{run.folder}: step {run.step} of {loaded.fit.total_steps}", soft_wrap=True)
     if not run.finished:
         console.print("Stopped by a signal after saving; go on with --resume.")
-        raise typer.Exit(1)
+        raise typer.Exit(PREEMPTED)
     if run.failures:
         console.print(f"{len(run.failures)} slides were left out: {run.folder / 'failures.csv'}", soft_wrap=True)
-        raise typer.Exit(3)
+        raise typer.Exit(3 if launch_size() == 1 else 0)  # torchrun takes any status but 0 for a failure

@@ -72,4 +72,5 @@ class _Prototypes(nn.Module):
         nn.init.uniform_(self.weight_v, -(dim**-0.5), dim**-0.5, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        # scaling the few outputs, not the many weights
+        return F.linear(x, self.weight_v) * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)).squeeze(1)

@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -22,63 +23,27 @@ from gigatome import config as configuration
 from gigatome.blob.store import atomic_path, write_atomic
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.core.logs import log
-from gigatome.encoders.hipt import VIT256
-from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder, restore_encoder
+from gigatome.encoders.hub import HUB, WEIGHTS, fetch
+from gigatome.encoders.others import fetch_rotary, is_rotary, pooling_of, restore
+from gigatome.encoders.published import PUBLISHED, EncoderCard, published_card
+from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
 from gigatome.encoders.weights import read_weights
 
-_WEIGHTS, _CARD = "encoder.safetensors", "encoder.json"
-
-
-@dataclass(frozen=True)
-class EncoderCard:
-    """What one must know to use an encoder.
-
-    Attributes:
-        name: short name.
-        config: architecture and normalisation.
-        dim: size of an embedding.
-        source: where the weights come from.
-        licence: terms of the weights; empty for one's own.
-        mpp: resolutions it was trained at, µm per pixel.
-        pooling: how tokens become an embedding; ``"cls"``: the class token after the last norm.
-    """
-
-    name: str
-    config: EncoderConfig
-    dim: int
-    source: str = ""
-    licence: str = ""
-    mpp: tuple[float, ...] = ()
-    pooling: str = "cls"
-
-
-def _kaiko(name: str, model: str, dim: int, image_size: int = 224) -> EncoderCard:
-    return EncoderCard(
-        name=f"kaiko-{name}",
-        config=EncoderConfig(model=model, image_size=image_size),
-        dim=dim,
-        source="https://github.com/kaiko-ai/towards_large_pathology_fms, release 0.0.1",
-        licence="Kaiko non-commercial licence",
-        mpp=(0.25, 0.5, 1.0, 2.0),
-    )
-
-
-PUBLISHED: tuple[EncoderCard, ...] = (
-    _kaiko("vits16", "vit_small_patch16_224", 384),
-    _kaiko("vits8", "vit_small_patch8_224", 384),
-    _kaiko("vitb16", "vit_base_patch16_224", 768),
-    _kaiko("vitb8", "vit_base_patch8_224", 768),
-    _kaiko("vitl14", "vit_large_patch14_reg4_dinov2", 1024, image_size=518),
-    EncoderCard(
-        name="hipt-vit256",
-        config=VIT256,
-        dim=384,
-        source="https://github.com/mahmoodlab/HIPT, HIPT_4K/Checkpoints/vit256_small_dino.pth",
-        licence="Apache-2.0 with Commons Clause, non-commercial",
-        mpp=(0.5,),
-    ),
-)
-"""Published encoders that gigatome can load from a file that the user has; no weights come with gigatome."""
+_WEIGHTS, _CARD, _TIMM = "encoder.safetensors", "encoder.json", "config.json"
+_PUBLISHED = "hub:"
+_SIZES = {  # what timm calls the fields of EncoderConfig
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "embed_dim": "dim",
+    "depth": "depth",
+    "num_heads": "heads",
+    "reg_tokens": "registers",
+    "init_values": "layer_scale",
+}
+_IMPLIED = {  # by the weights, or by what an encoder is
+    "act_layer", "class_token", "dynamic_img_size", "global_pool", "in_chans", "mlp_layer", "mlp_ratio",
+    "no_embed_class", "num_classes",
+}  # fmt: skip
 
 
 def save_encoder(
@@ -102,7 +67,7 @@ def save_encoder(
     """
     folder = Path(folder)
     config = replace(encoder.config, weights=None, pretrained=False)
-    card = EncoderCard(name or encoder.name, config, encoder.dim, source, licence, mpp)
+    card = EncoderCard(name or encoder.name, config, encoder.dim, source, licence, mpp, pooling_of(encoder))
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.vit.state_dict().items()}
     with atomic_path(folder / _WEIGHTS) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
@@ -120,28 +85,43 @@ def load_encoder(spec: str | Path | TileEncoder, *, model: str | None = None) ->
             * an encoder, returned as it is;
             * a run folder of ``gigatome train``, also of a run that has not finished, or the folder of an encoder;
             * a file of weights with the model they are for, ``weights.pth?model=kaiko-vits16``: a name in
-              :data:`PUBLISHED`, or a timm model, which is then fed images normalised with mean and std 0.5;
-            * ``timm:NAME``, the weights and normalisation that timm publishes, fetched once and then cached.
+              :data:`~gigatome.encoders.published.PUBLISHED`, or a timm model, which is then fed images normalised with
+              mean and std 0.5;
+            * ``hub:NAME``, the weights of a name in ``PUBLISHED``, fetched once and then cached;
+            * ``timm:NAME``, the weights and normalisation that timm publishes;
+            * ``hf-hub:OWNER/NAME``, a repository on the Hugging Face hub in timm's layout, or a folder in that layout.
         model: the model of a file of weights, if ``spec`` does not say it.
 
     Raises:
-        StoreError: there is nothing at ``spec``, or it cannot be read.
+        StoreError: there is nothing at ``spec``, it cannot be fetched, or it cannot be read.
         RunError: the folder holds no encoder, or the weights are those of another model.
         ConfigError: the model of a file of weights is not given or not known.
     """
+    return open_encoder(spec, model=model)[0]
+
+
+def open_encoder(spec: str | Path | TileEncoder, *, model: str | None = None) -> tuple[TileEncoder, EncoderCard]:
+    """An encoder as of :func:`load_encoder`, and its card."""
     if isinstance(spec, TileEncoder):
-        return spec
+        return spec, _card_of(spec)
     text = str(spec)
     if text.startswith("timm:"):
-        return _timm_encoder(text.removeprefix("timm:")).eval()
+        encoder = _timm_encoder(text.removeprefix("timm:")).eval()
+        return encoder, _card_of(encoder, source=f"timm, {encoder.name}")
+    if text.startswith(_PUBLISHED):
+        card = _known(text.removeprefix(_PUBLISHED), text)
+        return _read_published(fetch(card.hub), card)
+    if text.startswith(HUB):
+        repository = text.removeprefix(HUB)
+        return _read_timm(fetch(repository, (_TIMM,)), fetch(repository), text)
     text, _, query = text.partition("?")
     path = Path(text)
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
         raise StoreError(
-            f"{text}: no such encoder; give a run folder, the folder of an encoder, "
-            "a file of weights as FILE?model=NAME, or timm:NAME"
+            f"{text}: no such encoder; give a run folder, the folder of an encoder, a file of weights as "
+            f"FILE?model=NAME, {_PUBLISHED}NAME, timm:NAME or {HUB}OWNER/NAME"
         )
     return _read_file(path, model or _model_in(query, text))
 
@@ -149,7 +129,9 @@ def load_encoder(spec: str | Path | TileEncoder, *, model: str | None = None) ->
 def encoder_digest(encoder: TileEncoder) -> str:
     """Hash of all that decides an embedding, weights and normalisation: 16 hexadecimal digits."""
     config = encoder.config
-    seen = (config.model, config.heads, config.mean, config.std, config.pos_embed)
+    seen = [config.model, config.heads, config.mean, config.std, config.pos_embed]
+    if pooling_of(encoder) != "cls":
+        seen.append(pooling_of(encoder))
     digest = hashlib.sha256(json.dumps(seen).encode())
     for key, value in sorted(encoder.vit.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
@@ -166,9 +148,12 @@ def _bytes(value: Tensor) -> Any:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read_folder(path: Path) -> TileEncoder:
+def _read_folder(path: Path) -> tuple[TileEncoder, EncoderCard]:
     folder = next((folder for folder in (path, path / "encoder") if (folder / _CARD).is_file()), None)
     if folder is None:
+        weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        if weights and (path / _TIMM).is_file():
+            return _read_timm(path / _TIMM, weights, str(path))
         return _read_unfinished(path)
     try:
         content = json.loads((folder / _CARD).read_text(encoding="utf-8"))
@@ -176,13 +161,13 @@ def _read_folder(path: Path) -> TileEncoder:
         weights = load_file(folder / _WEIGHTS)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError, ConfigError) as error:
         raise RunError(f"{folder}: cannot be read as an encoder: {error}") from error
-    encoder = restore_encoder(card.config, weights, source=str(folder / _WEIGHTS), name=card.name)
+    encoder = restore(card, weights, source=str(folder / _WEIGHTS))
     if encoder_digest(encoder) != content["digest"]:
         raise RunError(f"{folder}: {_WEIGHTS} and {_CARD} do not belong together; write the encoder again")
-    return encoder
+    return encoder, card
 
 
-def _read_unfinished(run: Path) -> TileEncoder:
+def _read_unfinished(run: Path) -> tuple[TileEncoder, EncoderCard]:
     """The teacher in the last checkpoint of a run that has not written its encoder yet."""
     steps = sorted(run.glob("checkpoints/step-*/model.safetensors"), key=lambda path: (len(path.parent.name), path))
     if not steps or not (run / "recipe.yaml").is_file():
@@ -191,25 +176,72 @@ def _read_unfinished(run: Path) -> TileEncoder:
         EncoderConfig, configuration.read_yaml(run / "recipe.yaml").get("encoder", {}), source=str(run / "recipe.yaml")
     )
     log.warning("%s: the run has not finished; taking the teacher at %s", run, steps[-1].parent.name)
-    return restore_encoder(config, read_weights(steps[-1]), source=str(steps[-1]), name=config.model)
+    card = EncoderCard(config.model, config, 0, source=f"gigatome, {steps[-1].parent.name} of an unfinished run")
+    encoder = restore(card, read_weights(steps[-1]), source=str(steps[-1]))
+    return encoder, replace(card, config=encoder.config, dim=encoder.dim, pooling=pooling_of(encoder))
 
 
-def _read_file(path: Path, model: str) -> TileEncoder:
-    weights = read_weights(path)
-    card = next((card for card in PUBLISHED if card.name == model), None)
+def _read_file(path: Path, model: str) -> tuple[TileEncoder, EncoderCard]:
+    card = published_card(model)
     if card is not None:
-        return restore_encoder(card.config, weights, source=str(path), name=card.name)
-    return restore_encoder(_config_for(model, weights), weights, source=str(path), name=path.stem)
+        return _read_published(path, card)
+    weights = read_weights(path)
+    config = _with_grid_of(EncoderConfig(model=model), weights)
+    encoder = restore(EncoderCard(path.stem, config, 0), weights, source=str(path))
+    return encoder, _card_of(encoder, source=path.name)
 
 
-def _config_for(model: str, weights: dict[str, Tensor]) -> EncoderConfig:
-    """Configuration of timm's ``model`` with the image size that the position embedding in ``weights`` is for."""
-    config = EncoderConfig(model=model)
+def _read_published(path: Path, card: EncoderCard) -> tuple[TileEncoder, EncoderCard]:
+    weights = read_weights(path)
+    card = replace(card, config=_with_grid_of(card.config, weights))
+    return restore(card, weights, source=str(path)), card
+
+
+def _read_timm(description: Path, path: Path, source: str) -> tuple[TileEncoder, EncoderCard]:
+    """An encoder in timm's layout for the hub: a description of model and normalisation, and a file of weights."""
+    try:
+        content = json.loads(description.read_text(encoding="utf-8"))
+        model, arguments = content["architecture"], content.get("model_args", {})
+        facts = content.get("pretrained_cfg", content)
+        mean, std = facts["mean"], facts["std"]
+        ours = content.get("gigatome", {})  # what our export adds
+        pos_embed, name = ours.get("pos_embed", "timm"), ours.get("name") or source.rstrip("/").rpartition("/")[2]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{description}: is not timm's description of a model: {error!r}") from error
+    unknown = sorted(set(arguments) - set(_SIZES) - _IMPLIED)
+    if unknown:
+        raise ConfigError(f"{source}: gigatome cannot make {model} with {', '.join(unknown)}; load it by timm itself")
+    weights = read_weights(path)
+    fc1, fc2 = weights.get("blocks.0.mlp.fc1.weight"), weights.get("blocks.0.mlp.fc2.weight")
+    values = {_SIZES[key]: value for key, value in arguments.items() if key in _SIZES and value is not None}
+    values |= {"model": model, "mean": mean, "std": std, "pos_embed": pos_embed}
+    if fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]:
+        values["ffn"] = "swiglu"
+    config = _with_grid_of(configuration.parse(EncoderConfig, values, source=str(description)), weights)
+    encoder = restore(EncoderCard(name, config, 0), weights, source=str(path))
+    return encoder, _card_of(encoder, source=source, licence=str(facts.get("license", "")))
+
+
+def _with_grid_of(config: EncoderConfig, weights: Mapping[str, Tensor]) -> EncoderConfig:
+    """``config`` with the image size that the position embedding in ``weights`` is for."""
     position, patch = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
     if position is None or patch is None or position.ndim != 3 or patch.ndim != 4:
         return config
     side = math.isqrt(position.shape[1])  # the class and register tokens never complete another square
     return replace(config, image_size=side * patch.shape[-1])
+
+
+def _card_of(encoder: TileEncoder, *, source: str = "", licence: str = "") -> EncoderCard:
+    config = replace(encoder.config, weights=None, pretrained=False)
+    return EncoderCard(encoder.name, config, encoder.dim, source, licence, pooling=pooling_of(encoder))
+
+
+def _known(name: str, text: str) -> EncoderCard:
+    card = published_card(name)
+    if card is None or not card.hub:
+        names = ", ".join(card.name for card in PUBLISHED if card.hub)
+        raise ConfigError(f"{text}: no published encoder to be fetched goes by that name; there are {names}")
+    return card
 
 
 def _model_in(query: str, text: str) -> str:
@@ -221,6 +253,8 @@ def _model_in(query: str, text: str) -> str:
 
 
 def _timm_encoder(name: str) -> TileEncoder:
+    if is_rotary(name):
+        return fetch_rotary(name)
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if published is None:
         return build_encoder(EncoderConfig(model=name, pretrained=True), seed=0)

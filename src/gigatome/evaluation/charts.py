@@ -23,6 +23,10 @@ _MEASURES = (  # key in metrics.jsonl, what the reader sees
     ("grad_norm", "Gradient norm"),
     ("lr", "Learning rate"),
     ("momentum", "Teacher momentum"),
+    ("rankme", "RankMe"),
+    ("odcorr", "ODCorr"),
+    ("knn", "kNN accuracy"),
+    ("linear", "Linear accuracy"),
     ("images_per_s", "Images per second"),
     ("data_wait_s", "Wait for data, s"),
 )

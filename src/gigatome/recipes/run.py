@@ -1,6 +1,8 @@
 """Trains what a recipe says on the slides of a cohort."""
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -10,13 +12,18 @@ from gigatome.blob.store import write_atomic
 from gigatome.core.errors import RunError
 from gigatome.core.job import Job
 from gigatome.core.logs import Failure, Progress, log, silent, write_failures
+from gigatome.distributed import rank, world_size
 from gigatome.encoders.device import usable_device
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
 from gigatome.recipes.schema import Recipe
-from gigatome.selfsup.dino import Dino
+from gigatome.recipes.watch import Watch, WatchOptions
+from gigatome.selfsup.dino import Dino, DinoOptions
+from gigatome.selfsup.dinov2 import Dinov2, Dinov2Options
+from gigatome.selfsup.moco import Moco, MocoOptions
 from gigatome.slides.cohort import Cohort
 from gigatome.tiles.stream import TileStream
+from gigatome.training.launch import Control, first_process_first, launched, own_device
 from gigatome.training.loop import fit
 
 
@@ -51,11 +58,13 @@ def train(
     *,
     resume: bool = False,
     job: str | Path | None = None,
+    watch: WatchOptions | None = None,
     progress: Progress = silent,
 ) -> Run:
     """Trains ``recipe`` on the slides of ``data``.
 
-    Tiles are read from the slides as they are needed; nothing but tissue polygons is prepared.
+    Tiles are read from the slides as they are needed; nothing but tissue polygons is prepared. Where torchrun has
+    started several processes, each calls this with the same arguments, and ``out`` is a folder that all see.
 
     Args:
         recipe: from :func:`~gigatome.recipes.schema.load_recipe`.
@@ -63,29 +72,64 @@ def train(
         out: run folder; must be new unless ``resume``.
         resume: go on from the newest checkpoint; the same weights result as without the interruption.
         job: job directory with tissue polygons to reuse or to write; ``out`` by default.
+        watch: figures of the encoder every ``fit.evaluate_every`` steps and at the end, and an alarm at a collapse.
         progress: called as training goes on.
 
     Raises:
         RunError: the folder holds a run already, or one of another recipe or other slides.
         CohortError: no slide of the cohort can be used.
+        ConfigError: the device does not work, or the batch cannot be cut for so many processes.
     """
     cohort, out = Cohort.read(data), Path(out)
-    usable_device(recipe.fit.device)
-    method = build_method(recipe)
-    _claim(out, recipe, cohort, resume)
-    stream = TileStream(
-        cohort,
-        recipe.tiles,
-        batch_size=recipe.fit.batch_size,
+    with launched(recipe.fit.device):
+        usable_device(str(own_device(recipe.fit.device)))
+        recipe.fit.share(world_size())
+        progress = progress if rank() == 0 else silent
+        method = build_method(recipe)
+        with first_process_first():  # it finds the tissue for all
+            _claim(out, recipe, cohort, resume)
+            stream = TileStream(
+                cohort,
+                recipe.tiles,
+                batch_size=recipe.fit.batch_size,
+                seed=recipe.fit.seed,
+                job=Job(Path(job) if job else out),
+                rank=rank(),
+                world_size=world_size(),
+                progress=progress,
+            )
+        control = Control()
+        _check_slides(out, stream, control)
+        run = partial(
+            fit, method, stream, recipe.fit, out, resume=resume, identity=recipe.identity(), progress=progress
+        )
+        if watch is None:
+            result = run()
+        else:
+            with _watching(recipe, method, stream, watch, out) as hook:
+                result = run(evaluate=hook, sinks=hook.sinks)
+        stream.close()
+        log.info("%s", stream.report().sentence())
+        failures = tuple(dict.fromkeys(chain.from_iterable(control.gather(tuple(stream.failures)))))
+        control.on_first(partial(write_failures, out / "failures.csv", failures))
+    return Run(out, recipe, result.step, not result.preempted, failures)
+
+
+def _watching(
+    recipe: Recipe, method: Dino | Dinov2 | Moco, stream: TileStream, watch: WatchOptions, out: Path
+) -> Watch:
+    return Watch(
+        method.teacher.encoder,
+        stream,
+        watch,
+        out,
+        steps=recipe.fit.total_steps,
         seed=recipe.fit.seed,
-        job=Job(Path(job) if job else out),
-        progress=progress,
+        precision=recipe.fit.precision,
+        prototypes=None if isinstance(recipe.options, MocoOptions) else recipe.options.out_dim,
+        name=recipe.name,
+        config=recipe.decisive(),
     )
-    result = fit(method, stream, recipe.fit, out, resume=resume, identity=recipe.identity(), progress=progress)
-    stream.close()
-    log.info("%s", stream.report().sentence())
-    write_failures(out / "failures.csv", stream.failures)
-    return Run(out, recipe, result.step, not result.preempted, tuple(stream.failures))
 
 
 def plan(recipe: Recipe, data: Cohort | str | Path) -> dict[str, object]:
@@ -106,10 +150,16 @@ def plan(recipe: Recipe, data: Cohort | str | Path) -> dict[str, object]:
     }
 
 
-def build_method(recipe: Recipe) -> Dino:
+def build_method(recipe: Recipe) -> Dino | Dinov2 | Moco:
     """The method that a recipe trains, with its initial weights."""
-    name = recipe.name.replace("/", "-") or None
-    return Dino(recipe.encoder, recipe.dino, seed=recipe.fit.seed, name=name, mpp=recipe.tiles.mpp)
+    seed, name, mpp = recipe.fit.seed, recipe.name.replace("/", "-") or None, recipe.tiles.mpp
+    match recipe.options:
+        case DinoOptions() as options:
+            return Dino(recipe.encoder, options, seed=seed, name=name, mpp=mpp)
+        case Dinov2Options() as options:
+            return Dinov2(recipe.encoder, options, seed=seed, name=name, mpp=mpp)
+        case MocoOptions() as options:
+            return Moco(recipe.encoder, options, seed=seed, name=name, mpp=mpp)
 
 
 def _claim(out: Path, recipe: Recipe, cohort: Cohort, resume: bool) -> None:
@@ -130,6 +180,18 @@ def _claim(out: Path, recipe: Recipe, cohort: Cohort, resume: bool) -> None:
         raise RunError(f"{out} holds checkpoints of something else; choose another folder")
     write_atomic(out / "recipe.yaml", config.to_yaml(recipe))
     write_atomic(record, config.to_yaml(mine))
+
+
+def _check_slides(out: Path, stream: TileStream, control: Control) -> None:
+    """Makes sure that all processes draw from the same slides, so that their tiles make up the batches of the seed."""
+    lost = control.gather(sorted({failure.slide for failure in stream.failures}))
+    for number, theirs in enumerate(lost):
+        if theirs != lost[0]:
+            slide = sorted(set(theirs) ^ set(lost[0]))[0]
+            raise RunError(
+                f"{out}: processes 0 and {number} cannot use the same slides: one has failed with {slide}; see to it "
+                "that all can read the cohort and the job directory"
+            )
 
 
 def _differences(out: Path, recipe: Recipe) -> list[str]:

@@ -11,8 +11,16 @@ from gigatome import config
 from gigatome.core.errors import ConfigError
 from gigatome.encoders.vit import EncoderConfig
 from gigatome.selfsup.dino import DinoOptions
+from gigatome.selfsup.dinov2 import Dinov2Options
+from gigatome.selfsup.moco import MocoOptions
+from gigatome.selfsup.views import ViewOptions
 from gigatome.tiles.stream import StreamOptions
 from gigatome.training.loop import FitOptions
+
+MethodOptions = DinoOptions | Dinov2Options | MocoOptions
+"""Options of a method; each has a section of the method's name in a recipe."""
+
+_METHODS: dict[str, type[MethodOptions]] = {"dino": DinoOptions, "dinov2": Dinov2Options, "moco": MocoOptions}
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,14 @@ class Recipe:
         hardware: what the paper, or we, ran it on.
         hours: how long that took; None if the source does not say.
         status: "unverified" until our own measured values stand in ``reproduces``.
-        method: the self-supervised method.
+        method: the self-supervised method; the recipe has its section, ``dino``, ``dinov2`` or ``moco``, and no other.
         level: what it sees: tiles of slides.
         encoder: the network.
         tiles: what is read from the slides.
-        dino: options of the method.
         fit: options of the training loop.
+        dino: options of DINO.
+        dinov2: options of DINOv2.
+        moco: options of MoCo.
         reproduces: the values to reach.
         notes: deviations from the paper, one sentence each.
     """
@@ -57,15 +67,41 @@ class Recipe:
     hardware: str
     hours: float | None
     status: Literal["unverified", "verified"]
-    method: Literal["dino"]
+    method: Literal["dino", "dinov2", "moco"]
     level: Literal["tile"]
     encoder: EncoderConfig
     tiles: StreamOptions
-    dino: DinoOptions
     fit: FitOptions
+    dino: DinoOptions | None = None
+    dinov2: Dinov2Options | None = None
+    moco: MocoOptions | None = None
     reproduces: tuple[Reported, ...] = ()
     notes: tuple[str, ...] = ()
     name: str = field(default="", kw_only=True)
+
+    def __post_init__(self):
+        sections = [key for key in _METHODS if getattr(self, key) is not None]
+        if sections != [self.method]:
+            raise ValueError(
+                f"method {self.method} needs a section {self.method} and no other method's; "
+                f"there is {' and '.join(sections) or 'none'} (all defaults are written {self.method}: {{}})"
+            )
+        if self.fit.batch_size < 2 * self.fit.grad_accumulation:
+            raise ValueError(
+                f"fit.batch_size {self.fit.batch_size} in {self.fit.grad_accumulation} parts leaves less than 2 tiles "
+                "to a part; a method needs several to tell them apart: use a larger batch_size"
+            )
+        for key, size in _view_sizes(self.options).items():
+            if size > self.tiles.tile_size:
+                raise ValueError(
+                    f"{self.method}.{key} {size} is larger than the tile of {self.tiles.tile_size} px and would only "
+                    "enlarge it; use smaller views, or a larger tiles.tile_size"
+                )
+
+    @property
+    def options(self) -> MethodOptions:
+        """Options of the recipe's method."""
+        return getattr(self, self.method)
 
     def identity(self) -> str:
         """Hash of what decides the trained weights; a run folder is resumed only by the recipe that began it."""
@@ -74,7 +110,8 @@ class Recipe:
     def decisive(self) -> dict[str, Any]:
         """The values that decide the trained weights, as plain nested mappings."""
         parts = {
-            key: config.to_dict(getattr(self, key)) for key in ("method", "level", "encoder", "tiles", "dino", "fit")
+            key: config.to_dict(getattr(self, key))
+            for key in ("method", "level", "encoder", "tiles", self.method, "fit")
         }
         for key in ("threads", "prefetch", "open_slides", "in_flight"):
             parts["tiles"].pop(key)
@@ -98,8 +135,36 @@ def load_recipe(source: str | Path, assignments: Sequence[str] = ()) -> Recipe:
     values = config.read_yaml(path)
     for assignment in assignments:
         config.assign(values, assignment)
+    _complete_views(values)
     values.setdefault("name", _name(path))
     return config.parse(Recipe, values, source=str(source))
+
+
+def _complete_views(values: dict[str, Any]) -> None:
+    """Gives the views of a section, in place, their method's own values where they name none."""
+    for name, kind in _METHODS.items():
+        section = values.get(name)
+        if isinstance(section, dict) and isinstance(section.get("views"), dict):
+            known = {"version": section["version"]} if name == "moco" and section.get("version") in ("v2", "v3") else {}
+            section["views"] = config.to_dict(_views(kind(**known))) | section["views"]
+
+
+def _views(options: MethodOptions) -> ViewOptions:
+    if options.views is not None:
+        return options.views
+    return ViewOptions.moco_v3() if options.version == "v3" else ViewOptions.moco_v2()
+
+
+def _view_sizes(options: MethodOptions) -> dict[str, int]:
+    """Sides of the views that a method makes, by option."""
+    views = _views(options)
+    sizes = {"views.global_size": views.global_size}
+    if views.local_views:
+        sizes["views.local_size"] = views.local_size
+    if isinstance(options, Dinov2Options) and options.high_resolution_epochs:
+        for key in ("high_resolution_global_size", "high_resolution_local_size"):
+            sizes[key] = getattr(options, key)
+    return sizes
 
 
 def recipe_names() -> list[str]:

@@ -110,6 +110,8 @@ class Dino(nn.Module):
         self.teacher.requires_grad_(False).eval()
         self.register_buffer("center", torch.zeros(1, options.out_dim))
         self._teacher_means: list[Tensor] = []  # of the logits, one of each micro-batch of the step
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.student.encoder.modules()):
+            raise ConfigError(f"DINO trains vision transformers here, not {encoder.model}; take method moco for it")
         for size in (options.views.global_size, options.views.local_size):
             if size % self.student.encoder.patch_size:
                 raise ConfigError(
@@ -123,6 +125,10 @@ class Dino(nn.Module):
         self.student.train(mode)
         return self
 
+    def trained(self) -> nn.Module:
+        """The student; the loop spreads it over processes."""
+        return self.student
+
     def lr_scales(self) -> dict[str, float]:
         """All parameters learn at one rate."""
         return {}
@@ -130,8 +136,7 @@ class Dino(nn.Module):
     def views(self, images: Tensor, generator: torch.Generator, clock: Clock) -> list[Tensor]:
         """Normalised views [B, 3, size, size] of tiles uint8 [B, H, W, 3], the two global ones first."""
         encoder = self.student.encoder
-        views = multi_crop(images, self.options.views, generator)
-        return [view.mul_(255).sub_(encoder.mean).div_(encoder.std) for view in views]
+        return multi_crop(images, self.options.views, generator, encoder.mean, encoder.std)
 
     def loss(self, views: Sequence[Tensor], clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch of views, and what shows a collapse.

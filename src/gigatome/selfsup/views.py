@@ -1,24 +1,25 @@
 """Views of tiles for self-supervised learning: random crops and colours of a whole batch at once, on any device.
 
-Every image of the batch has its own draw. Randomness (:func:`draw_view`) and pixels (:func:`render_view`) are apart:
-the first is all chance, from one generator on the CPU, and the second is a pure function. A crop is resampled, flipped
-and antialiased by two small matrix products, which is exact and fast on a CPU as on a GPU.
+Every image of the batch has its own draw. Randomness (:func:`draw_view`) and pixels (:mod:`gigatome.selfsup.render`)
+are apart: the first is all chance, from one generator on the CPU, and the second is a pure function.
 
-Source: the augmentation of facebookresearch/dino; differs: crop boxes are not rounded to whole pixels, pixels beside
-the crop take part in its antialiasing, the order of the colour changes is drawn once for a view of the batch and not
-for each image, the blur is a true Gaussian, renormalised at the edge, and on an oblong tile the fallback crop lies
-anywhere.
+Source: the augmentation of facebookresearch/dino, on which those of DINOv2 and MoCo v3 are built; differs: crop boxes
+are not rounded to whole pixels, pixels beside the crop take part in its antialiasing, the order of the colour changes
+is drawn once for a view of the batch and not for each image, colours are not rounded to 8 bits between changes, the
+blur is a true Gaussian, renormalised at the edge, and on an oblong tile the fallback crop lies anywhere.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gigatome.selfsup.render import ViewDraw, render_views
+
 _ATTEMPTS = 10
-_LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class ViewOptions:
         horizontal_flip: probability.
         vertical_flip: probability; DINO has none, tissue has no up.
         quarter_turns: rotate by a random multiple of 90°.
+        rotation: rotate by an angle in ± this, in degrees up to 180; what comes in at the corners is the tissue around
+            the crop, mirrored at the tile's edge.
+        hed_probability: of changing the stains, before all other colours.
+        hed: each of haematoxylin, eosin and residual is multiplied by a factor in 1 ± this, and moved by ± this of
+            optical density; 0.05 is "light", 0.2 "strong" (arXiv 1902.06543).
         jitter: probability of changing brightness, contrast, saturation and hue.
         brightness: factor in 1 ± this; so are contrast and saturation.
         contrast: see brightness.
@@ -44,7 +50,7 @@ class ViewOptions:
         hue: shift in ± this, as a part of the colour circle.
         grayscale: probability of losing all colour.
         blur: probabilities of a Gaussian blur.
-        blur_sigma: range of its standard deviation in pixels.
+        blur_sigma: range of its standard deviation in pixels, up to 16.
         solarize: probabilities of inverting all pixels ≥ 0.5.
     """
 
@@ -57,6 +63,9 @@ class ViewOptions:
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
     quarter_turns: bool = False
+    rotation: float = 0.0
+    hed_probability: float = 0.0
+    hed: float = 0.05
     jitter: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -71,72 +80,78 @@ class ViewOptions:
         for low, high in (self.global_scale, self.local_scale):
             if not 0 < low <= high <= 1:
                 raise ValueError(f"a crop's scale is a range within (0, 1], not {low} to {high}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is a range of positive numbers, not {self.ratio}")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1] <= 16:
+            raise ValueError(f"blur_sigma is a range within (0, 16], not {self.blur_sigma}")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"hue must lie within 0 to 0.5, not at {self.hue}")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"rotation must lie within 0 to 180 degrees, not at {self.rotation}")
+        if min(self.brightness, self.contrast, self.saturation, self.hed) < 0:
+            raise ValueError("brightness, contrast, saturation and hed must be at least 0")
+        chances = (self.horizontal_flip, self.vertical_flip, self.hed_probability, self.jitter, self.grayscale)
+        if not all(0 <= chance <= 1 for chance in (*chances, *self.blur, *self.solarize)):
+            raise ValueError("probabilities must lie within 0 to 1")
         if min(self.global_size, self.local_size) < 1 or self.local_views < 0:
             raise ValueError("global_size and local_size must be positive, local_views at least 0")
 
+    @classmethod
+    def dino(cls) -> "ViewOptions":
+        """DINO's, which HIPT and kaiko use. Source: arXiv 2104.14294 and its code."""
+        return cls()
 
-@dataclass(frozen=True)
-class ViewDraw:
-    """What chance decided for one view of each of B images; tensors of [B], on the CPU.
+    @classmethod
+    def dinov2(cls, blur: Literal["stated", "released"] = "stated") -> "ViewOptions":
+        """DINOv2's. Source: arXiv 2304.07193 and its code.
 
-    Attributes:
-        x: left edge of the crop in pixels of the tile; so are y, width and height.
-        y: see x.
-        width: see x.
-        height: see x.
-        mirror_x: left and right are swapped.
-        mirror_y: top and bottom are swapped.
-        transpose: rows and columns are swapped, after the mirrors.
-        brightness: factor; 1 changes nothing. So are contrast and saturation.
-        contrast: see brightness.
-        saturation: see brightness.
-        hue: shift in turns of the colour circle.
-        gray: all colour is removed.
-        blur: it is blurred.
-        sigma: of the blur in pixels.
-        solarize: bright pixels are inverted.
-        order: in which brightness (0), contrast (1), saturation (2) and hue (3) are changed.
-    """
+        Args:
+            blur: "stated" has the probabilities that its code states, "released" those by which its published models
+                were trained: the code exchanges them with their complements, so that the first view never is blurred.
+        """
+        chances = {"stated": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5)}
+        return cls(global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), blur=chances[blur])
 
-    x: Tensor
-    y: Tensor
-    width: Tensor
-    height: Tensor
-    mirror_x: Tensor
-    mirror_y: Tensor
-    transpose: Tensor
-    brightness: Tensor
-    contrast: Tensor
-    saturation: Tensor
-    hue: Tensor
-    gray: Tensor
-    blur: Tensor
-    sigma: Tensor
-    solarize: Tensor
-    order: tuple[int, ...]
+    @classmethod
+    def moco_v2(cls) -> "ViewOptions":
+        """MoCo v2's. Source: arXiv 2003.04297 and its code; differs: it resamples bilinearly."""
+        return cls(
+            local_views=0, global_scale=(0.2, 1.0), saturation=0.4, blur=(0.5, 0.5, 0.0), solarize=(0.0, 0.0, 0.0)
+        )
+
+    @classmethod
+    def moco_v3(cls) -> "ViewOptions":
+        """MoCo v3's for ViTs; its ResNets have ``global_scale`` (0.2, 1).
+
+        Source: arXiv 2104.02057 and its code; differs: it resamples bilinearly.
+        """
+        return cls(local_views=0, global_scale=(0.08, 1.0), blur=(1.0, 0.1, 0.0))
 
 
-def multi_crop(images: Tensor, options: ViewOptions, generator: torch.Generator) -> list[Tensor]:
+def multi_crop(
+    images: Tensor,
+    options: ViewOptions,
+    generator: torch.Generator,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> list[Tensor]:
     """Two global and ``local_views`` local views of each tile.
 
     Args:
         images: uint8 [B, H, W, 3], on the device that does the work.
         options: how.
         generator: on the CPU; the draws are the same whatever the device.
+        mean: [3, 1, 1] on the images' device, 0 to 255; subtracted from the views.
+        std: likewise; divided by.
 
     Returns:
-        float32 [B, 3, size, size] in [0, 1] for each view, the global ones first.
+        float32 [B, 3, size, size] for each view, the global ones first; in [0, 1] without ``mean`` and ``std``.
     """
     batch, height, width, _ = images.shape
-    pixels = images.float().div_(255)
-    views = []
-    for view in range(2 + options.local_views):
-        size = options.global_size if view < 2 else options.local_size
-        draw = draw_view(options, min(view, 2), batch, height, width, generator)
-        views.append(render_view(pixels, draw, size))
-    return views
+    kinds = [0, 1] + [2] * options.local_views
+    draws = [draw_view(options, kind, batch, height, width, generator) for kind in kinds]
+    sizes = [options.local_size if kind == 2 else options.global_size for kind in kinds]
+    return render_views(images, draws, sizes, mean, std)
 
 
 def draw_view(
@@ -164,6 +179,7 @@ def draw_view(
     )
     turns = torch.randint(4, (batch,), generator=generator) * int(options.quarter_turns)
     jitter = chance(options.jitter)
+    stain, stain_scale, stain_shift = _draw_stain(options, batch, generator)
     return ViewDraw(
         x=uniform(0, 1) * (width - crop_width),
         y=uniform(0, 1) * (height - crop_height),
@@ -172,6 +188,10 @@ def draw_view(
         mirror_x=chance(options.horizontal_flip) ^ (turns == 1) ^ (turns == 2),
         mirror_y=chance(options.vertical_flip) ^ (turns == 2) ^ (turns == 3),
         transpose=turns % 2 == 1,
+        angle=uniform(-options.rotation, options.rotation) if options.rotation else torch.zeros(batch),
+        stain=stain,
+        stain_scale=stain_scale,
+        stain_shift=stain_shift,
         brightness=torch.where(jitter, uniform(max(0, 1 - options.brightness), 1 + options.brightness), 1.0),
         contrast=torch.where(jitter, uniform(max(0, 1 - options.contrast), 1 + options.contrast), 1.0),
         saturation=torch.where(jitter, uniform(max(0, 1 - options.saturation), 1 + options.saturation), 1.0),
@@ -182,31 +202,6 @@ def draw_view(
         solarize=chance(options.solarize[kind]),
         order=tuple(torch.randperm(4, generator=generator).tolist()),
     )
-
-
-def render_view(pixels: Tensor, draw: ViewDraw, size: int) -> Tensor:
-    """One view of each image.
-
-    Args:
-        pixels: float32 [B, H, W, 3] in [0, 1].
-        draw: what to do to each.
-        size: side of the view in pixels.
-
-    Returns:
-        float32 [B, 3, size, size] in [0, 1].
-    """
-    x = _crop(pixels, draw, size)
-    recolour = (
-        (_brightness, draw.brightness),
-        (_contrast, draw.contrast),
-        (_saturation, draw.saturation),
-        (_hue, draw.hue),
-    )
-    for change, amount in (recolour[position] for position in draw.order):
-        x = change(x, amount.to(x.device, non_blocking=True)[:, None, None, None])
-    x = _change(x, draw.gray, _luma)
-    x = _change(x, draw.blur, lambda chosen: _blur(chosen, draw.sigma[draw.blur]))
-    return _change(x, draw.solarize, lambda chosen: torch.where(chosen >= 0.5, 1 - chosen, chosen))
 
 
 def _draw_crop(
@@ -223,8 +218,10 @@ def _draw_crop(
     """
     area = height * width * (torch.rand(batch, _ATTEMPTS, generator=generator) * (scale[1] - scale[0]) + scale[0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = torch.exp(torch.rand(batch, _ATTEMPTS, generator=generator) * (high - low) + low)
-    widths, heights = (area * aspect).sqrt(), (area / aspect).sqrt()
+    shape = torch.rand(batch, _ATTEMPTS, generator=generator) * (high - low) + low
+    # numpy: in torch, these few numbers would wake the threads of the library that it has for them
+    area, aspect = area.numpy(), np.exp(shape.numpy())
+    widths, heights = torch.from_numpy(np.sqrt(area * aspect)), torch.from_numpy(np.sqrt(area / aspect))
     fits = (widths <= width) & (heights <= height)
     first = fits.int().argmax(1, keepdim=True)
     fallback_width = min(width, height * ratio[1])
@@ -236,88 +233,10 @@ def _draw_crop(
     )
 
 
-def _crop(pixels: Tensor, draw: ViewDraw, size: int) -> Tensor:
-    """Crops, resamples, mirrors and transposes: [B, H, W, 3] → [B, 3, size, size]."""
-    batch, height, width, _ = pixels.shape
-    rows_BhH = _resampling(draw.y, draw.height, draw.mirror_y, height, size, pixels.device)
-    columns_BwW = _resampling(draw.x, draw.width, draw.mirror_x, width, size, pixels.device)
-    x = (rows_BhH @ pixels.reshape(batch, height, width * 3)).view(batch, size, width, 3)
-    x = x.permute(0, 3, 1, 2).reshape(batch, 3 * size, width) @ columns_BwW.mT
-    x = x.view(batch, 3, size, size).clamp_(0, 1)
-    return _change(x, draw.transpose, lambda chosen: chosen.mT)
-
-
-def _resampling(
-    start: Tensor, length: Tensor, mirror: Tensor, source: int, target: int, device: torch.device
-) -> Tensor:
-    """Weights [B, target, source] that resample ``length`` pixels from ``start`` to ``target`` pixels, all [B].
-
-    Bicubic with a = −0.5, widened when it shrinks so that nothing aliases, as ``PIL.Image.resize`` does it.
-    """
-    start, length, mirror = (values.to(device, non_blocking=True)[:, None] for values in (start, length, mirror))
-    step = length / target
-    reach = step.clamp(min=1)
-    place = torch.arange(target, device=device) + 0.5
-    centre = start + torch.where(mirror, target - place, place) * step
-    taps = torch.arange(math.ceil(4 * max(1.0, source / target)) + 1, device=device)
-    taps = (centre - 2 * reach).floor()[..., None] + taps
-    distance = ((taps + 0.5 - centre[..., None]) / reach[..., None]).abs_()
-    near = (1.5 * distance - 2.5) * distance * distance + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, far * (distance < 2))
-    weights *= (taps >= 0) & (taps < source)
-    weights /= weights.sum(-1, keepdim=True)
-    dense = torch.zeros(len(start), target, source, device=device)
-    return dense.scatter_add_(2, taps.long().clamp_(0, source - 1), weights)
-
-
-def _change(x: Tensor, chosen: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Applies ``change`` to the chosen images of ``x`` [B, …], in place."""
-    index = chosen.nonzero()[:, 0].to(x.device, non_blocking=True)  # known on the CPU: the device need not wait
-    if len(index):
-        x[index] = change(x[index])
-    return x
-
-
-def _luma(x: Tensor) -> Tensor:
-    """Brightness [B, 1, h, w] of colours [B, 3, h, w]."""
-    red, green, blue = _LUMA
-    return (x[:, :1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
-
-
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp_(0, 1)
-
-
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(_luma(x).mean((2, 3), keepdim=True), x, factor).clamp_(0, 1)
-
-
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(_luma(x), x, factor).clamp_(0, 1)
-
-
-def _hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Turns the colour circle of HSV, on which red lies at 0 (and 6), green at 2 and blue at 4."""
-    red, green, blue = x.unbind(1)
-    value = x.amax(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
-    unit = chroma.clamp(min=1e-8)[:, 0]
-    top = value[:, 0]
-    angle = torch.where(
-        top == red,
-        (green - blue) / unit,
-        torch.where(top == green, (blue - red) / unit + 2, (red - green) / unit + 4),
-    )
-    angle = (angle + 6 * turn[:, 0]).remainder_(6)
-    fades = torch.stack([2 - (angle - 3).abs(), (angle - 2).abs() - 1, (angle - 4).abs() - 1], 1).clamp_(0, 1)
-    return torch.addcmul(value, chroma, fades, value=-1)
-
-
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blurs each image [B, 3, h, w] with its own sigma [B], in pixels."""
-    place = torch.arange(x.shape[-1], device=x.device)
-    profile = torch.exp(-0.5 * (place / sigma.to(x.device, non_blocking=True)[:, None]) ** 2)
-    weights = profile[:, (place[:, None] - place).abs()]
-    weights = (weights / weights.sum(-1, keepdim=True))[:, None]
-    return weights @ x @ weights.mT
+def _draw_stain(options: ViewOptions, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Which images [B] are stained anew, and each stain's factor and shift [B, 3]."""
+    if not options.hed_probability:
+        return torch.zeros(batch, dtype=torch.bool), torch.ones(batch, 3), torch.zeros(batch, 3)
+    chosen = torch.rand(batch, generator=generator) < options.hed_probability
+    scale, shift = (2 * torch.rand(2, batch, 3, generator=generator) - 1) * options.hed
+    return chosen, 1 + scale, shift

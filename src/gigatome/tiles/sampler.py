@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import final
@@ -26,11 +27,12 @@ from gigatome.tiles.position_store import PositionStore, SlidePositions, SlideTi
 from gigatome.tiles.positions import Positions, draw, least_tissue
 
 MAX_ENLARGEMENT = 1.25
-"""How much a tile may be enlarged: scanners of one magnification differ a little, but 20× must not pose as 40×."""
+"""How much a tile is enlarged at most: scanners of one magnification differ a little, but 20× must not pose as 40×."""
 
 _COLUMNS = 4  # numbers a place has in the first round: slide, resolution, position, and one to spare
 _GROWTH = 6  # later rounds have more positions, up to 4 · 2^6 numbers
 _PATIENCE = 16  # rounds in which only slides without a tile were drawn, before all slides are looked at
+_KNOWN = 1 << 16  # tiles of a limited stream that are remembered, and not drawn again
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class TileSampler:
     """Draws batches of tiles; each tile is a function of the seed, the step and its place in the batch alone.
 
     Tiles lie wholly on their slide. A resolution is possible on a slide if it is no finer than the slide's own by more
-    than :data:`MAX_ENLARGEMENT` and some position has enough tissue; the weights of the others are shared out among
-    those possible. A slide on which none is possible is left out and listed in ``failures``, as is one whose outlines
+    than ``max_enlargement`` and some position has enough tissue; the weights of the others are shared out among those
+    possible. A slide on which none is possible is left out and listed in ``failures``, as is one whose outlines
     cannot be read: at the start if its size or its area of tissue tells, else when it is first drawn. May be used by
     many threads.
 
@@ -71,6 +73,9 @@ class TileSampler:
         seed: of all draws, ≥ 0.
         folder: where to keep the positions of slides that were stored; None to keep them in memory only.
         memory: bytes that positions may take in memory.
+        limit_tiles: draw from that many distinct tiles only; they are those that one batch of that many would hold. A
+            tile of them that cannot be read has the same substitute each time.
+        max_enlargement: how much a tile may be enlarged.
 
     Attributes:
         slides: the slides as given.
@@ -93,6 +98,8 @@ class TileSampler:
         seed: int = 0,
         folder: str | PathLike[str] | None = None,
         memory: int = 256 << 20,
+        limit_tiles: int | None = None,
+        max_enlargement: float = MAX_ENLARGEMENT,
     ):
         if not slides:
             raise CohortError("there are no slides to draw tiles from")
@@ -100,19 +107,23 @@ class TileSampler:
             raise ValueError(f"tiles need a positive size and positive mpps, not {tile_size} px at {list(mpps)}")
         if not 0 <= min_tissue <= 1:
             raise ValueError(f"min_tissue must lie between 0 and 1, not {min_tissue}")
+        if limit_tiles is not None and limit_tiles < 1:
+            raise ValueError(f"limit_tiles must be at least 1, not {limit_tiles}")
         weights = _weights(mpp_weights, len(mpps), "mpp_weights")
+        self.limit_tiles, self.max_enlargement = limit_tiles, max_enlargement
+        self._known = lru_cache(_KNOWN)(self._of_limited)
         self.slides, self.tile_size, self.min_tissue, self.seed = tuple(slides), tile_size, min_tissue, seed
         self.mpps = tuple(mpp for mpp, weight in zip(mpps, weights.tolist(), strict=True) if weight)
         self._mpp_weights = weights[weights > 0]
         self._mpp_ends: dict[tuple[bool, ...], list[float]] = {}
-        possible = possible_scales(slides, tile_size, self.mpps, min_tissue)
+        possible = possible_scales(slides, tile_size, self.mpps, min_tissue, max_enlargement)
         self._weights = _weights(slide_weights, len(slides), "slide_weights") * possible.any(axis=1)
         self._slide_ends = _ends(self._weights)
         self.failures: list[Failure] = []
         self._lost: set[int] = set()
         self._lock = threading.Lock()
         for index in np.flatnonzero(~possible.any(axis=1)).tolist():
-            self._lose(index, self._no_tile(self.slides[index].name))
+            self._lose(index, self._no_tile([index]))
         if not self._weights.any():
             raise self._nothing()
         if folder is not None:
@@ -132,10 +143,14 @@ class TileSampler:
         last = count if last is None else last
         if not 0 <= first <= last <= count:
             raise ValueError(f"places {first} to {last} are not in a batch of {count}")
+        if self.limit_tiles is not None:
+            return [self._known(number, 0) for number in self._choices(step, last, self.limit_tiles)[first:]]
         return self._draw(step, first, last, attempt=0)
 
     def request(self, step: int, place: int, attempt: int = 0) -> TileRequest:
         """Tile of one place; ``attempt`` ≥ 1 gives another one, where the first cannot be read."""
+        if self.limit_tiles is not None:
+            return self._known(self._choices(step, place + 1, self.limit_tiles)[place], attempt)
         return self._draw(step, place, place + 1, attempt)[0]
 
     def find_all(self, *, threads: int = 2, progress: Progress = silent) -> None:
@@ -149,6 +164,14 @@ class TileSampler:
         with ThreadPoolExecutor(threads, thread_name_prefix="positions") as pool:
             for done, _ in enumerate(pool.map(self._at, wanted), start=1):
                 progress("positions", done, len(wanted))
+
+    def _choices(self, step: int, count: int, limit: int) -> list[int]:
+        """Which of the limited tiles the places of a batch have."""
+        return generator(self.seed, "limited", step).integers(limit, size=count).tolist()
+
+    def _of_limited(self, number: int, attempt: int) -> TileRequest:
+        """One of the limited tiles: the tile of that place in batch 0."""
+        return self._draw(0, number, number + 1, attempt)[0]
 
     def _draw(self, step: int, first: int, last: int, attempt: int) -> list[TileRequest]:
         """Round after round of numbers, until each place has a slide, a resolution and a good position."""
@@ -213,7 +236,7 @@ class TileSampler:
             return None
         if any(found.possible):
             return found
-        self._lose(slide, self._no_tile(self.slides[slide].name))
+        self._lose(slide, self._no_tile([slide]))
         return None
 
     def _certain_ends(self) -> NDArray[np.float64]:
@@ -236,26 +259,39 @@ class TileSampler:
         log.warning("%s: %s", failure.slide, failure.message)
 
     def _nothing(self) -> NoTissueError:
-        names = [self.slides[index].name for index in sorted(self._lost)]
-        return self._no_tile(", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""))
+        return self._no_tile(sorted(self._lost))
 
-    def _no_tile(self, name: str) -> NoTissueError:
+    def _no_tile(self, slides: Sequence[int]) -> NoTissueError:
+        """What to say of slides that have none."""
+        names = [self.slides[index].name for index in slides]
+        name = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         scales = ", ".join(f"{mpp:g}" for mpp in self.mpps)
-        return NoTissueError(
-            name or "the cohort",
-            f"no tile of {self.tile_size} px holds {self.min_tissue:.0%} of tissue at {scales} mpp; "
-            "use smaller tiles, a resolution that the slide has, or a lower min_tissue",
-        )
+        best = min((self.slides[index].mpp for index in slides), default=0.0)
+        if best > self.max_enlargement * max(self.mpps):
+            reason = (
+                f"{best:g} mpp is the finest there is; tiles at {scales} mpp would be enlarged more than "
+                f"{self.max_enlargement:g} times; use a coarser mpp, or allow it with max_enlargement"
+            )
+        else:
+            reason = (
+                f"no tile of {self.tile_size} px holds {self.min_tissue:.0%} of tissue at {scales} mpp; "
+                "use smaller tiles, a resolution that the slide has, or a lower min_tissue"
+            )
+        return NoTissueError(name or "the cohort", reason)
 
 
 def possible_scales(
-    slides: Sequence[SlideTissue], tile_size: int, mpps: Sequence[float], min_tissue: float
+    slides: Sequence[SlideTissue],
+    tile_size: int,
+    mpps: Sequence[float],
+    min_tissue: float,
+    max_enlargement: float = MAX_ENLARGEMENT,
 ) -> NDArray[np.bool_]:
     """Resolutions that a slide may have tiles at, bool [S, K], by its size and area alone; the outlines may say no."""
     side = _sides(slides, tile_size, mpps)
     mpp, least, area = np.array([(s.mpp, min(s.width, s.height), s.area) for s in slides]).T[:, :, None]
     large_enough = (side <= least + 1e-6) & (area >= least_tissue(side, min_tissue))
-    return large_enough & (mpp <= MAX_ENLARGEMENT * np.array(mpps))
+    return large_enough & (mpp <= max_enlargement * np.array(mpps))
 
 
 def _sides(slides: Sequence[SlideTissue], tile_size: int, mpps: Sequence[float]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 from weakref import WeakSet
@@ -20,7 +20,8 @@ import numpy as np
 from gigatome import config
 from gigatome.core.errors import CohortError
 from gigatome.core.job import Job
-from gigatome.core.logs import Failure, Progress, silent
+from gigatome.core.logs import Failure, Progress, log, silent
+from gigatome.core.seeding import generator
 from gigatome.slides.cohort import Cohort
 from gigatome.tiles.cohort_tissue import cohort_tissue
 from gigatome.tiles.draws import Draws
@@ -28,7 +29,7 @@ from gigatome.tiles.handles import OpenSlides
 from gigatome.tiles.pipeline import Pending, Pipeline, TileBatch
 from gigatome.tiles.pixel_filter import HsvFilter
 from gigatome.tiles.position_store import SlideTissue
-from gigatome.tiles.sampler import TileSampler, possible_scales
+from gigatome.tiles.sampler import MAX_ENLARGEMENT, TileSampler, possible_scales
 from gigatome.tiles.slide_weights import slide_weights
 from gigatome.tiles.stream_report import Stopwatches, StreamReport
 from gigatome.tissue.mask import TissueMask
@@ -47,7 +48,11 @@ class StreamOptions:
         slide_weights: ``"uniform"``, every slide alike; ``"tissue"``, by its area of tissue; or ``"column:NAME"``, by a
             column of the cohort.
         slide_priors: with ``"column:NAME"``, how likely each value is, in proportion; equally by default.
+        slide_fraction: share of the slides that is used, more than 0; which ones is drawn, and those of a smaller share
+            are among those of a larger one.
+        limit_tiles: number of distinct tiles that are drawn from; None for no limit. They are read anew each time.
         min_tissue: share of a tile that must be tissue, 0 to 1.
+        max_enlargement: a slide gives no tiles that would be enlarged more than this; 1 is its own resolution.
         hsv: what the pixels of a tile must look like; not asked by default.
         dct_scaling: whether JPEG chunks are shrunk while they are decoded, where a tile is coarser than the level.
         quarantine: bad tiles after which a slide is given up.
@@ -62,7 +67,10 @@ class StreamOptions:
     mpp_weights: tuple[float, ...] | None = None
     slide_weights: str = "uniform"
     slide_priors: Mapping[str, float] | None = None
+    slide_fraction: float = 1.0
+    limit_tiles: int | None = None
     min_tissue: float = 0.4
+    max_enlargement: float = MAX_ENLARGEMENT
     hsv: HsvFilter | None = None
     dct_scaling: bool = True
     quarantine: int = 20
@@ -83,6 +91,12 @@ class StreamOptions:
                 raise ValueError(f"mpp_weights must not be negative, nor all zero: {self.mpp_weights}")
         if not 0 <= self.min_tissue <= 1:
             raise ValueError(f"min_tissue must lie between 0 and 1, not {self.min_tissue}")
+        if not 0 < self.slide_fraction <= 1:
+            raise ValueError(f"slide_fraction must be more than 0 and at most 1, not {self.slide_fraction}")
+        if self.limit_tiles is not None and self.limit_tiles < 1:
+            raise ValueError(f"limit_tiles must be at least 1, not {self.limit_tiles}")
+        if not self.max_enlargement >= 1:
+            raise ValueError(f"max_enlargement must be at least 1, not {self.max_enlargement}")
         counts = ("quarantine", "threads", "prefetch", "open_slides", "in_flight")
         if any(getattr(self, name) < 1 for name in counts):
             raise ValueError(f"{', '.join(counts)} must be at least 1")
@@ -111,7 +125,7 @@ class TileStream:
         **fields: fields of :class:`StreamOptions`, such as ``mpp=[0.5, 1]``.
 
     Attributes:
-        cohort: the slides.
+        cohort: the slides that are used.
         options: which tiles.
         failures: slides that cannot be used or gave a bad tile, as far as is known yet.
 
@@ -142,7 +156,8 @@ class TileStream:
         if fields:
             fields = {**config.to_dict(options or StreamOptions()), **fields}
             options = config.parse(StreamOptions, fields, source="TileStream")
-        self.cohort, self.options = Cohort.read(cohort), options or StreamOptions()
+        self.options = options or StreamOptions()
+        self.cohort = _fraction(Cohort.read(cohort), self.options.slide_fraction, seed)
         self.batch_size, self.seed, self._share = batch_size, seed, batch_size // world_size
         job = job if isinstance(job, Job) or job is None else Job(Path(job))
         tissue, failures = cohort_tissue(self.cohort, masks, job, threads=self.options.threads, progress=progress)
@@ -162,11 +177,17 @@ class TileStream:
     def _sampler(self, tissue: Mapping[int, SlideTissue], job: Job | None) -> TileSampler:
         options, slides = self.options, list(tissue.values())
         labels = [self.cohort.slides[index].labels for index in tissue]
-        usable = np.any(possible_scales(slides, options.tile_size, options.mpp, options.min_tissue), axis=1)
+        for mpp in options.mpp:
+            coarser = sum(slide.mpp > options.max_enlargement * mpp for slide in slides)
+            if coarser:
+                log.warning("%d of %d slides are too coarse for tiles at %g mpp", coarser, len(slides), mpp)
+        possible = possible_scales(slides, options.tile_size, options.mpp, options.min_tissue, options.max_enlargement)
+        usable = np.any(possible, axis=1)
         weights = slide_weights(options.slide_weights, slides, labels, priors=options.slide_priors, usable=usable)
         return TileSampler(
             slides, options.tile_size, options.mpp, options.mpp_weights, weights if usable.any() else None,
-            options.min_tissue, self.seed, folder=job.positions if job else None,
+            options.min_tissue, self.seed, folder=job.positions if job else None, limit_tiles=options.limit_tiles,
+            max_enlargement=options.max_enlargement,
         )  # fmt: skip
 
     def batches(self, start_step: int = 0, *, worker: int = 0, workers: int = 1) -> Iterator[TileBatch]:
@@ -236,6 +257,13 @@ class TileStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _fraction(cohort: Cohort, share: float, seed: int) -> Cohort:
+    """A random share of the slides, at least one of them, in the cohort's order."""
+    order = generator(seed, "slide_fraction").permutation(len(cohort))
+    kept = np.sort(order[: max(1, round(share * len(cohort)))])
+    return replace(cohort, slides=tuple(cohort.slides[index] for index in kept.tolist()))
 
 
 def _last(failures: Sequence[Failure]) -> str:

@@ -1,22 +1,17 @@
 """Checkpoints: one folder a checkpoint, ``step-000100/``, that is there whole or not at all.
 
 A folder holds one ``.safetensors`` file for each group of tensors and ``state.json``: step, run identity, versions,
-states of the random generators, and size and SHA-256 of every file. It is written under a temporary name, flushed to
+states of the streams, and size and SHA-256 of every file. It is written under a temporary name, flushed to
 the disk and renamed; a run killed at any moment finds its last whole checkpoint. Nothing is pickled.
 """
 
-import base64
-import contextlib
 import hashlib
 import json
-import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -42,8 +37,8 @@ class Checkpoint:
         identity: of the run that wrote it.
         torch: version of PyTorch that wrote it.
         files: size in bytes and SHA-256 of each file of tensors.
-        random: states of the generators, as of :func:`random_state`.
-        stream: state of the stream of tiles.
+        streams: state of each process's stream of tiles.
+        flops: operations of a step in a process, by the shapes of its views.
     """
 
     path: Path
@@ -51,8 +46,8 @@ class Checkpoint:
     identity: str
     torch: str
     files: Mapping[str, tuple[int, str]]
-    random: Mapping[str, Any]
-    stream: Mapping[str, list[int]]
+    streams: Sequence[Mapping[str, list[int]]]
+    flops: Mapping[str, int]
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Tensors of one group, on the CPU; raises :class:`RunError` if the file is not as it was written."""
@@ -65,6 +60,10 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise RunError(f"{file}: cannot be read ({error}); {_way_out(self.path)}") from error
 
+    def misfit(self, error: Exception) -> RunError:
+        """The error for a checkpoint that was written for another model."""
+        return RunError(f"{self.path}: does not fit the model that the recipe describes: {error}")
+
 
 def save_checkpoint(
     folder: Path,
@@ -73,7 +72,8 @@ def save_checkpoint(
     *,
     identity: str,
     keep: int,
-    stream: Mapping[str, list[int]] | None = None,
+    streams: Sequence[Mapping[str, list[int]]] = ({},),
+    flops: Mapping[str, int] = {},
 ) -> Path:
     """Writes a checkpoint, then removes all but the last ``keep``.
 
@@ -83,7 +83,8 @@ def save_checkpoint(
         groups: tensors of each file, such as ``{"model": …, "optimizer": …}``.
         identity: of the run.
         keep: how many to keep, at least 1.
-        stream: state of the stream of tiles.
+        streams: state of each process's stream of tiles.
+        flops: operations of a step in a process, by the shapes of its views.
 
     Returns:
         The checkpoint's folder.
@@ -104,8 +105,8 @@ def save_checkpoint(
             "torch": torch.__version__,
             "gigatome": __version__,
             "files": {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())},
-            "random": random_state(),
-            "stream": dict(stream or {}),
+            "streams": [dict(stream) for stream in streams],
+            "flops": dict(flops),
         }
         (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -133,9 +134,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         files = {name: (int(size), str(digest)) for name, (size, digest) in state["files"].items()}
-        return Checkpoint(
-            path, int(state["step"]), state["identity"], state["torch"], files, state["random"], state.get("stream", {})
-        )
+        step, streams, flops = int(state["step"]), list(state["streams"]), dict(state["flops"])
+        return Checkpoint(path, step, state["identity"], state["torch"], files, streams, flops)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path / _STATE}: cannot be read ({error}); {_way_out(path)}") from error
 
@@ -147,16 +147,21 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_fits(checkpoint: Checkpoint, identity: str) -> None:
+def check_fits(checkpoint: Checkpoint, identity: str, processes: int) -> None:
     """Refuses the checkpoint of another run, and warns of another PyTorch.
 
     Raises:
-        RunError: ``identity`` is not the checkpoint's.
+        RunError: ``identity``, or the number of processes, is not the checkpoint's.
     """
     if checkpoint.identity != identity:
         raise RunError(
             f"{checkpoint.path}: was written by another recipe or with other options ({checkpoint.identity}, not "
             f"{identity}); resume with the recipe it was started with, or give another folder"
+        )
+    if len(checkpoint.streams) != processes:
+        raise RunError(
+            f"{checkpoint.path}: was written by {len(checkpoint.streams)} processes, this run has {processes}, so it "
+            "would not go on as it began; start torchrun with as many as before"
         )
     if checkpoint.torch != torch.__version__:
         log.warning(
@@ -165,40 +170,6 @@ def check_fits(checkpoint: Checkpoint, identity: str) -> None:
             checkpoint.torch,
             torch.__version__,
         )
-
-
-def random_state() -> dict[str, Any]:
-    """States of the global generators of PyTorch (CPU), NumPy and Python, as JSON can hold them."""
-    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator is meant
-    python_version, words, python_gauss = random.getstate()
-    return {
-        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        "numpy": [kind, [int(key) for key in keys], place, has_gauss, gauss],
-        "python": [python_version, list(words), python_gauss],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts back what :func:`random_state` gave."""
-    torch.set_rng_state(torch.from_numpy(np.frombuffer(base64.b64decode(state["torch"]), np.uint8).copy()))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002 - the global generator is meant
-    python_version, words, gauss = state["python"]
-    random.setstate((python_version, tuple(words), gauss))
-
-
-@contextlib.contextmanager
-def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the global generators for the block, and gives them back to the caller as they were."""
-    before = random_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is meant
-            random.seed(seed)
-            yield
-    finally:
-        set_random_state(before)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -1,17 +1,18 @@
-"""What a run writes about itself: means over steps, kept on the device, and the file they go to."""
+"""What a run writes about itself: means over steps, kept on the device, and the file and other places they go to."""
 
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gigatome.blob.store import write_atomic
 from gigatome.core.errors import RunError
+from gigatome.core.logs import log
 
 
 class Meter:
@@ -73,16 +74,33 @@ class Meter:
         return line
 
 
+class Sink(Protocol):
+    """Another place for the lines of ``metrics.jsonl``, such as those of :mod:`gigatome.training.sinks`."""
+
+    def begin(self, step: int) -> None:
+        """The run starts, or goes on, after ``step``."""
+        ...
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Takes a line: numbers, None and text by name, and the ``step``."""
+        ...
+
+    def close(self) -> None:
+        """The run ends here; for whoever made the sink to call."""
+        ...
+
+
 class MetricsFile:
     """``metrics.jsonl``: one JSON object a line, only ever added to within a run.
 
     Args:
         path: of the file.
         step: the run goes on from here; lines of later steps, and a line cut short, are removed.
+        sinks: get every line too. One that fails is left out from then on, with a warning: the run goes on.
     """
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
+    def __init__(self, path: Path, step: int, sinks: Sequence[Sink] = ()):
+        self.path, self._sinks = path, list(sinks)
         self.last: Mapping[str, Any] = {}
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         kept = [line for line in text.splitlines() if _step_of(line) <= step]
@@ -91,6 +109,8 @@ class MetricsFile:
         whole = "".join(f"{line}\n" for line in kept)
         if whole != text:
             write_atomic(path, whole)
+        for sink in sinks:
+            self._tell(sink, sink.begin, step)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line; raises :class:`RunError` if it cannot be written."""
@@ -101,6 +121,15 @@ class MetricsFile:
                 handle.write(json.dumps(self.last) + "\n")
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error}); the checkpoints stand") from error
+        for sink in list(self._sinks):
+            self._tell(sink, sink.write, self.last)
+
+    def _tell(self, sink: Sink, call: Callable[[Any], None], what: Any) -> None:
+        try:
+            call(what)
+        except Exception as error:  # a server that cannot be reached must not end a week's training
+            log.warning("%s gets no more metrics: %s; metrics.jsonl has them all", type(sink).__name__, error)
+            self._sinks.remove(sink)
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,88 @@
+"""What the training loop asks of a method and of a stream of tiles."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gigatome.training.schedules import Clock
+
+
+class Batch(Protocol):
+    """What a stream gives for one step."""
+
+    @property
+    def images(self) -> np.ndarray:
+        """Tiles, uint8 [B, H, W, 3]."""
+        ...
+
+
+class Stream(Protocol):
+    """Endless batches; batch k is the same however the stream came to it."""
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of the steps from ``start_step`` on."""
+        ...
+
+    def state(self) -> Mapping[str, list[int]]:
+        """What the batches depend on beside their number, as JSON holds it; kept in checkpoints."""
+        ...
+
+    def restore(self, state: Mapping[str, list[int]]) -> None:
+        """Takes up the state of the run before."""
+        ...
+
+
+class Method(Protocol):
+    """What is learnt: an ``nn.Module`` that turns tiles into views and views into a loss."""
+
+    def views(self, images: Tensor, generator: torch.Generator, clock: Clock) -> list[Tensor]:
+        """Views [B, …] of tiles uint8 [B, H, W, 3]; all randomness from ``generator``, which is on the CPU."""
+        ...
+
+    def trained(self) -> nn.Module:
+        """The one submodule that holds all trained parameters; the method uses it only by calling it."""
+        ...
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """Factors of the learning rate by name of parameter; 1 for those that are not named."""
+        ...
+
+    def loss(self, views: Sequence[Tensor], clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a micro-batch, and scalars for the log."""
+        ...
+
+    def after_backward(self, clock: Clock) -> None:
+        """May change gradients, before they are clipped."""
+        ...
+
+    def after_step(self, clock: Clock, finite: Tensor) -> None:
+        """Moves what follows the weights; must change nothing if ``finite`` (bool scalar) is false."""
+        ...
+
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        """Values that change with the step, for the log."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Writes what the run was for."""
+        ...
+
+    def to(self, device: Any, /) -> Any:
+        """As ``nn.Module``; so are the others."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:  # noqa: D102
+        ...
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:  # noqa: D102
+        ...
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any:  # noqa: D102
+        ...

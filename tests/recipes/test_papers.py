@@ -1,0 +1,80 @@
+"""The numbers of the built-in recipes are those that stand in the papers' texts, which only the developers have."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gigatome.recipes.schema import load_recipe, recipe_names
+
+PAPERS = Path(__file__).resolve().parents[3] / "shared" / "papers"
+NUMBER = re.compile(r"(?<![\d.])0\.\d{3}")
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """Lines of a paper's text."""
+    if not PAPERS.is_dir():
+        pytest.skip("the papers' texts are not on this machine")
+    return {path.name[:3]: path.read_text(encoding="utf-8").splitlines() for path in PAPERS.glob("*.txt")}
+
+
+def numbers(text):
+    return [float(number) for number in NUMBER.findall(text)]
+
+
+def row(lines, start):
+    """Numbers of the first line that begins so and has some."""
+    return next(found for line in lines if line.startswith(start) and (found := numbers(line)))
+
+
+def reported(name):
+    return [value.reported for value in load_recipe(name).reproduces]
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("vits16", "DINO ViT-S16"), ("vits8", "DINO ViT-S8"), ("vitb16", "DINO ViT-B16"), ("vitb8", "DINO ViT-B8"),
+        ("vitl14", "DINOv2 ViT-L14"),
+    ],
+)  # fmt: skip
+def test_kaikos_table_1(lines, name, model):
+    assert reported(f"kaiko/table1_{name}") == row(lines["003"], f"{model} (ours) TCGA")
+
+
+@pytest.mark.parametrize(
+    ("column", "name"), list(enumerate(["40x", "20x", "10x", "5x", "20x_40x", "5x_10x_20x", "5x_10x_20x_40x"]))
+)
+def test_kaikos_table_2(lines, column, name):
+    tasks = ("BACH (3.47", "CRC (20", "MHIST (5", "PCam/val (10", "PCam/test (10")
+    table = [row(lines["003"], task) for task in tasks]
+    assert {len(values) for values in table} == {7}
+    assert reported(f"kaiko/table2_{name}") == [values[column] for values in table]
+
+
+@pytest.mark.parametrize("share", [1, 10, 30, 100])
+def test_kaikos_table_3(lines, share):
+    assert reported(f"kaiko/table3_{share}percent") == row(lines["003"], f"TCGA {share}%")
+
+
+@pytest.mark.parametrize("power", [3, 4, 5, 6])
+def test_kaikos_table_4(lines, power):
+    assert reported(f"kaiko/table4_1e{power}") == row(lines["003"], f"10{power}superscript")
+
+
+def test_hipts_table_1(lines):
+    start = lines["000"].index("ViT256-16 (Mean)")
+    quarter_then_all = [value for line in lines["000"][start + 1 : start + 7] for value in numbers(line)[:1]]
+    assert reported("hipt/stage1_vits16") == quarter_then_all[1::2]
+
+
+def test_giga_ssls_table_2(lines):
+    values = [numbers(line) for line in lines["002"] if re.match(r"100 0\.\d{3} ± ", line)]
+    assert len(values) == 6
+    assert reported("gigassl/moco_resnet18") == [found[2] for found in values]  # each value has its deviation beside it
+
+
+def test_those_of_the_papers_that_report_nothing_say_so():
+    silent = [name for name in recipe_names() if not reported(name)]
+    assert silent == ["demo/dino_vit_mini", "kaiko/table7_dino", "kaiko/table7_dinov2"]
