@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gigatome.slides.cohort import CohortSlide
-from gigatome.slides.slide import TilePlan
+from gigatome.slides.tile_plan import TilePlan
 from gigatome.tiles.bench_stream import bench_stream
 from gigatome.tiles.sampler import TileSampler
 from gigatome.tiles.stream import TileStream

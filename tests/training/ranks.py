@@ -179,7 +179,7 @@ def killed(out: Path, kills: int, steps: int) -> Any:
             slow_disk()
             answers = together(run(out / "killed", options, resume=True))
             os._exit(0 if all(isinstance(answer, dict) for answer in answers) else 1)
-        wait_for_moment(launcher, out / "killed" / "checkpoints", inside_save=count % 2 == 0, longest=2.0)
+        wait_for_moment(launcher, out / "killed" / "checkpoints", inside_save=count % 2 == 0, longest=0.6)
         os.kill(launcher, signal.SIGKILL)
         if os.WIFEXITED(os.waitpid(launcher, 0)[1]):
             break  # finished, and with fewer kills than wanted
@@ -374,8 +374,8 @@ SCENARIOS = {
     **{f"{mode}_resume": partial(resume, mode=mode) for mode in ("ddp", "fsdp")},
     **{f"{mode}_signal": partial(stop_by_signal, mode=mode) for mode in ("ddp", "fsdp")},
     **{f"{mode}_not_finite": partial(not_finite, mode=mode) for mode in ("ddp", "fsdp")},
-    "killed": partial(killed, kills=2, steps=20),
-    "killed_often": partial(killed, kills=20, steps=90),
+    "killed": partial(killed, kills=2, steps=30),
+    "killed_often": partial(killed, kills=20, steps=160),
     **{
         function.__name__: function
         for function in (same_as_one, batch_norm, refusals, primitives, other_methods, stalled)

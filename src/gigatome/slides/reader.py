@@ -1,9 +1,8 @@
 """What every slide reader gives, and the reader for TIFF files that gigatome decodes itself."""
 
-import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn, Protocol, final
@@ -307,25 +306,21 @@ def read_regions(regions: Sequence[Region]) -> list[Exception | None]:
     errors: list[Exception | None] = [None] * len(regions)
     calls: dict[int, tuple[object, ...]] = {}
     for k, region in enumerate(regions):
-        with _kept(errors, k):
+        try:
             call = region.native_call()
             if call is None:
                 region.finish(None)
             else:
                 calls[k] = call
+        except (GigatomeError, OSError) as error:
+            errors[k] = error
     if calls:
         for k, result in zip(calls, NATIVE.read_many(list(calls.values())), strict=True):
-            with _kept(errors, k):
+            try:
                 regions[k].finish(result)
+            except (GigatomeError, OSError) as error:
+                errors[k] = error
     return errors
-
-
-@contextlib.contextmanager
-def _kept(errors: list[Exception | None], place: int) -> Iterator[None]:
-    try:
-        yield
-    except (GigatomeError, OSError) as error:
-        errors[place] = error
 
 
 def _range(part: slice) -> range:

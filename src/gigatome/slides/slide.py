@@ -6,18 +6,16 @@ rgb = slide.read(Box(x=40_000, y=32_000, width=8192, height=8192), mpp=0.5)   # 
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import partial
 from pathlib import PurePosixPath
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 
 from gigatome.blob.store import Blob, is_remote, local_path, open_blob, redact
 from gigatome.core.errors import (
     DamagedSlideError,
-    GigatomeError,
     MissingExtraError,
     MissingMppError,
     NotASlideError,
@@ -29,9 +27,10 @@ from gigatome.core.logs import log
 from gigatome.slides.fallback import OpenSlideReader, TifffileReader
 from gigatome.slides.index import SlideIndex
 from gigatome.slides.index_cache import IndexCache, user_cache
-from gigatome.slides.reader import Level, LevelReader, Region, TiffReader, read_regions
-from gigatome.slides.resample import Axis, one_block, resample, window
+from gigatome.slides.reader import Level, LevelReader, TiffReader
+from gigatome.slides.resample import Axis, resample
 from gigatome.slides.tiff import TiffFile
+from gigatome.slides.tile_plan import TilePlan, View, read_view
 from gigatome.slides.vendors import is_foreign, recognise
 
 __all__ = ["SLIDE_SUFFIXES", "Level", "Slide", "open_slide"]
@@ -81,6 +80,7 @@ class Slide:
                 mpp = self._mean(*reader.mpp)
         self.properties: Mapping[str, str] = properties
         self._mpp = mpp
+        self._sources: dict[tuple[float, bool, bool], _Source] = {}
 
     @property
     def has_mpp(self) -> bool:
@@ -192,22 +192,32 @@ class Slide:
     def _resample(self, x: Axis, y: Axis, exact: bool, dct_scaling: bool = True) -> np.ndarray:
         """Output pixels on axes of level-0 pixels, from the level that suits them."""
         view = self._view(x, y, exact, dct_scaling)
-        return resample(partial(_read, self._reader, view), view.size, view.extent, view.x, view.y)
+        return resample(partial(read_view, self._reader, view), view.size, view.extent, view.x, view.y)
 
-    def _view(self, x: Axis, y: Axis, exact: bool, dct_scaling: bool) -> "_View":
+    def _view(self, x: Axis, y: Axis, exact: bool, dct_scaling: bool) -> View:
         """The level to take, how far its chunks are shrunk, and the axes on it."""
-        step = min(x.step, y.step) * _LEVEL_TOLERANCE
+        step, scaled = min(x.step, y.step), dct_scaling and not exact
+        source = self._sources.get((step, exact, scaled))
+        if source is None:
+            if len(self._sources) == _SOURCES:
+                self._sources.clear()
+            source = self._sources[step, exact, scaled] = self._source_for(step, exact, scaled)
+        across = Axis(x.start / source.scale_x, x.step / source.scale_x, x.count)
+        down = Axis(y.start / source.scale_y, y.step / source.scale_y, y.count)
+        if not exact:
+            across, down = across.snapped(source.extent[0]), down.snapped(source.extent[1])
+        return View(source.level, source.shrink, source.size, source.extent, across, down)
+
+    def _source_for(self, step: float, exact: bool, scaled: bool) -> "_Source":
+        """Where to read output pixels that are ``step`` level-0 pixels apart."""
+        step *= _LEVEL_TOLERANCE
         limit = max(1.0, step / OVERSAMPLE) if exact else step
         index = max((k for k, item in enumerate(self.levels) if item.downsample <= limit), default=0)
         level = self.levels[index]
-        scaled = dct_scaling and not exact
         shrink = max((k for k in level.shrinks if level.downsample * k <= step), default=1) if scaled else 1
         scale_x, scale_y = level.scale_x * shrink, level.scale_y * shrink
-        extent = (self.width / scale_x, self.height / scale_y)
-        axes = [Axis(axis.start / by, axis.step / by, axis.count) for axis, by in ((x, scale_x), (y, scale_y))]
-        if not exact:
-            axes = [axis.snapped(side) for axis, side in zip(axes, extent, strict=True)]
-        return _View(index, shrink, (-(-level.width // shrink), -(-level.height // shrink)), extent, *axes)
+        size = -(-level.width // shrink), -(-level.height // shrink)
+        return _Source(index, shrink, size, (self.width / scale_x, self.height / scale_y), scale_x, scale_y)
 
     def _mean(self, x: float, y: float) -> float:
         if abs(x - y) > 0.01 * max(x, y):
@@ -215,127 +225,19 @@ class Slide:
         return x if x == y else (x + y) / 2
 
 
-# Source pixels that wait to be resampled at a time.
-_HELD_BYTES = 4 << 20
+# Resolutions for which a slide remembers where to read.
+_SOURCES = 64
 
 
-@final
-@dataclass(frozen=True)
-class _View:
-    """A level, shrunk: its size, the part that is picture, and the axes of the output on it."""
+class _Source(NamedTuple):
+    """A level, shrunk: its size, the part that is picture, and level-0 pixels in one of its pixels."""
 
     level: int
     shrink: int
     size: tuple[int, int]
     extent: tuple[float, float]
-    x: Axis
-    y: Axis
-
-
-def _read(reader: LevelReader, view: _View, x: int, y: int, width: int, height: int) -> np.ndarray:
-    return reader.read_level(view.level, x, y, width, height, view.shrink)
-
-
-@final
-class TilePlan:
-    """One tile that is still to be read; made by :meth:`Slide.plan_tile`.
-
-    Attributes:
-        blob: the file that holds its bytes; None where the slide's reader, or the size of the tile, needs more than
-            one step.
-        ranges: offset and length of what it needs of ``blob``.
-        inside: whether all of the tile lies on the slide; the rest of it is white.
-        waited: seconds in which :meth:`read` read the file, as far as that can be told from decoding.
-    """
-
-    def __init__(self, reader: LevelReader, view: _View):
-        self._reader, self._view = reader, view
-        self._window = window(view.size, view.extent, view.x, view.y) if one_block(view.x, view.y) else None
-        self.waited = 0.0
-        self.inside = view.x.within(view.extent[0]) and view.y.within(view.extent[1])
-        self.blob: Blob | None = reader.blob if isinstance(reader, TiffReader) and self._window is not None else None
-
-    @cached_property
-    def ranges(self) -> list[tuple[int, int]]:
-        view, part, reader = self._view, self._window, self._reader
-        if part is None or not isinstance(reader, TiffReader):
-            return []
-        return reader.ranges(view.level, part.x, part.y, part.width, part.height, view.shrink)
-
-    def read(self, data: Sequence[bytes] | None = None, output: np.ndarray | None = None) -> np.ndarray:
-        """Decodes the tile, without the GIL where the C extension does it.
-
-        Args:
-            data: the bytes of ``ranges``; None to read them here.
-            output: uint8 [tile_size, tile_size, 3], contiguous, to write into; None for a new one.
-
-        Returns:
-            uint8 [tile_size, tile_size, 3]; ``output`` if it was given.
-
-        Raises:
-            DamagedSlideError: a chunk is truncated or damaged.
-            StoreError: the bytes cannot be had.
-        """
-        output = np.empty((self._view.y.count, self._view.x.count, 3), np.uint8) if output is None else output
-        if error := read_tiles([self], [data], [output])[0]:
-            raise error
-        return output
-
-    def begin(self, data: Sequence[bytes] | None, output: np.ndarray) -> tuple[Region, np.ndarray] | None:
-        """The source pixels to read, and where they go; None if the tile takes more than that, and has been read."""
-        view, part, reader = self._view, self._window, self._reader
-        if part is None or not isinstance(reader, TiffReader):
-            output[:] = resample(partial(_read, reader, view), view.size, view.extent, view.x, view.y)
-            return None
-        pixels = output if part.as_read else np.empty((part.height, part.width, 3), np.uint8)
-        return Region(reader, pixels, view.level, part.x, part.y, view.shrink, data), pixels
-
-    def finish(self, region: Region, pixels: np.ndarray, output: np.ndarray) -> None:
-        """Makes the tile of its source pixels, now that they have been read."""
-        self.waited = region.waited
-        if self._window is not None:
-            self._window.render(pixels, output)
-
-
-def read_tiles(
-    plans: Sequence[TilePlan], data: Sequence[Sequence[bytes] | None], outputs: Sequence[np.ndarray]
-) -> list[Exception | None]:
-    """Decodes several tiles of any slides, with fewer turns of the GIL than one by one.
-
-    Args:
-        plans: of the tiles.
-        data: the bytes of each plan's ``ranges``; None to read them here.
-        outputs: uint8 [tile_size, tile_size, 3] each, contiguous, written.
-
-    Returns:
-        What went wrong with each: a :class:`GigatomeError` or an OSError, or None.
-    """
-    errors: list[Exception | None] = [None] * len(plans)
-    begun: dict[int, tuple[Region, np.ndarray]] = {}
-
-    def finish() -> None:
-        failed = read_regions([region for region, _ in begun.values()])
-        for (k, (region, pixels)), error in zip(begun.items(), failed, strict=True):
-            errors[k] = error
-            if error is None:
-                plans[k].finish(region, pixels, outputs[k])
-        begun.clear()
-
-    held = 0
-    for k, (plan, parts, output) in enumerate(zip(plans, data, outputs, strict=True)):
-        try:
-            started = plan.begin(parts, output)
-        except (GigatomeError, OSError) as error:
-            errors[k] = error
-            continue
-        if started is not None:
-            begun[k] = started
-            held += 0 if started[1] is output else started[1].nbytes
-        if held > _HELD_BYTES:
-            finish()
-            held = 0
-    finish()
-    return errors
+    scale_x: float
+    scale_y: float
 
 
 def open_slide(

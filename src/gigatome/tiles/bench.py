@@ -54,6 +54,7 @@ _BLOCK = 1 << 24  # bytes
 _HASHED = bytes(1 << 20)
 
 Position = tuple[int, int]
+_GROUP = 16  # tiles that a thread of the stream takes at a time
 _Draw = Callable[[Case, int | str, int], list[Position]]  # of a key, so many; in pixels of the case's level
 
 
@@ -226,6 +227,15 @@ def _read(reader: Reader, case: Case, positions: Sequence[Position]) -> None:
         reader.read(case, x, y)
 
 
+def _read_many(reader: Reader, case: Case, positions: Sequence[Position]) -> None:
+    """As :func:`_read`, a group of tiles at a time where the reader can."""
+    if reader.read_many is None:
+        return _read(reader, case, positions)
+    for first in range(0, len(positions), _GROUP):
+        reader.read_many(case, positions[first : first + _GROUP])
+    return None
+
+
 def _hash(case: Case, x: int, y: int) -> None:
     hashlib.sha256(_HASHED)
 
@@ -235,7 +245,7 @@ _CONTROL = Reader("SHA-256 alone", "", _hash, lambda: None)
 
 
 def _two_threads(readers: Sequence[Reader], case: Case, draw: _Draw, rounds: int, tiles: int) -> dict[str, float]:
-    """How many times the rate of one thread two threads reach, by the clock.
+    """How many times the rate of one thread two threads reach, by the clock; gigatome reads as its stream does.
 
     The fastest round of each counts, which whatever else the machine does disturbs least.
     """
@@ -253,7 +263,7 @@ def _two_threads(readers: Sequence[Reader], case: Case, draw: _Draw, rounds: int
 def _clock(pool: ThreadPoolExecutor, reader: Reader, case: Case, shares: Sequence[Sequence[Position]]) -> float:
     """Seconds until each share is read by a thread of its own."""
     started = time.perf_counter()
-    for future in [pool.submit(_read, reader, case, share) for share in shares]:
+    for future in [pool.submit(_read_many, reader, case, share) for share in shares]:
         future.result()
     return time.perf_counter() - started
 

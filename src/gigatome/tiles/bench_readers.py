@@ -25,6 +25,7 @@ from gigatome.slides import decode
 from gigatome.slides.reader import Level
 from gigatome.slides.slide import Slide, open_slide
 from gigatome.slides.tiff import TiffFile
+from gigatome.slides.tile_plan import read_tiles
 from gigatome.slides.vendors import recognise
 
 TILE = 256
@@ -69,12 +70,14 @@ class Reader:
         version: of its package.
         read: ``read(case, x, y)`` → uint8 [TILE, TILE, 3]; x and y in pixels of the case's level. None of the limit.
         close: gives the slide back.
+        read_many: ``read_many(case, positions)`` reads several tiles in one call, if it can.
     """
 
     name: str
     version: str
     read: Callable[[Case, int, int], np.ndarray | None]
     close: Callable[[], None]
+    read_many: Callable[[Case, Sequence[tuple[int, int]]], None] | None = None
 
 
 _ReadLevel = Callable[[int, int, int, int], np.ndarray]  # level, x and y in its pixels, side
@@ -88,7 +91,7 @@ def open_readers(path: Path, mpp: float | None) -> tuple[list[Reader], dict[str,
         The readers, gigatome first and the decode limit, where there is one, last; and why others are left out.
     """
     own = open_slide(path, mpp=mpp)
-    readers, left_out = [Reader(GIGATOME, __version__, _own(own), own.close)], {}
+    readers, left_out = [Reader(GIGATOME, __version__, _own(own), own.close, _own_many(own))], {}
     if NATIVE is not None and own.reader == "tiff":
         portable = open_slide(path, mpp=mpp, native=False)
         readers.append(Reader(PORTABLE, __version__, _own(portable), portable.close))
@@ -122,6 +125,22 @@ def _own(slide: Slide) -> Callable[[Case, int, int], np.ndarray]:
         return slide.read_tile(*_corner(slide.levels[case.level], x, y), TILE, case.mpp, exact=False)
 
     return read
+
+
+def _own_many(slide: Slide) -> Callable[[Case, Sequence[tuple[int, int]]], None]:
+    """Reads as the stream does: several tiles in one turn of the GIL, into memory that was used before."""
+    idle: list[np.ndarray] = []
+
+    def read_many(case: Case, positions: Sequence[tuple[int, int]]) -> None:
+        corners = [_corner(slide.levels[case.level], x, y) for x, y in positions]
+        plans = [slide.plan_tile(x, y, TILE, case.mpp, exact=False) for x, y in corners]
+        images = idle.pop() if idle and len(idle[-1]) >= len(plans) else np.empty((len(plans), TILE, TILE, 3), np.uint8)
+        errors = read_tiles(plans, [None] * len(plans), [*images[: len(plans)]])
+        idle.append(images)
+        for error in filter(None, errors):
+            raise error
+
+    return read_many
 
 
 def _boxed(read: _ReadLevel) -> Callable[[Case, int, int], np.ndarray]:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from gigatome.blob.fetch import Fetcher, Result
 from gigatome.blob.ranges import Traffic
 from gigatome.core.errors import GigatomeError, StoreError
-from gigatome.slides.slide import Slide, TilePlan, read_tiles
+from gigatome.slides.slide import Slide
+from gigatome.slides.tile_plan import TilePlan, read_tiles
 from gigatome.tiles.draws import Draws
 from gigatome.tiles.handles import OpenSlides
 from gigatome.tiles.sampler import TileRequest
