@@ -21,6 +21,9 @@ from gigatome.encoders.weights import load_weights, read_weights, resize_grid
 _RESNETS = {"resnet"}  # timm's module of them
 
 
+_FEW_TOKENS = 576
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """What defines a tile encoder.
@@ -251,6 +254,19 @@ def build_encoder(
     if config.weights is not None:
         load_weights(vit, read_weights(config.weights), source=config.weights, pos_embed=config.pos_embed)
     return TileEncoder(vit, config, name or config.model, mask_token=mask_token)
+
+
+def unfuse_attention(network: nn.Module) -> None:
+    """Has attention over few tokens computed as a product, a softmax and a product.
+
+    In bfloat16 on a CPU the backward pass of PyTorch's fused attention takes several times as long. Over many tokens
+    the products would take too much memory, and it stays.
+    """
+    for module in network.modules():
+        if isinstance(module, TileEncoder) and (module.config.image_size // module.patch_size) ** 2 <= _FEW_TOKENS:
+            for part in module.modules():
+                if isinstance(part, Attention):
+                    part.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def restore_encoder(config: EncoderConfig, weights: Mapping[str, Tensor], *, source: str, name: str) -> TileEncoder:

@@ -21,6 +21,7 @@ from gigatome.core.errors import RunError
 from gigatome.core.logs import Progress, log, silent
 from gigatome.core.seeding import torch_seed
 from gigatome.distributed import mean_over_ranks, rank, world_size
+from gigatome.encoders.vit import unfuse_attention
 from gigatome.training import checkpoint as checkpoints
 from gigatome.training.flops import FlopCounter, speed
 from gigatome.training.interrupts import Interrupts
@@ -123,6 +124,8 @@ def fit(
             log.info("resuming %s at step %d of %d", out, first, steps)
             _restore(last, method, stream)
         method.train()
+        if device.type == "cpu" and options.precision == "bf16":
+            unfuse_attention(method)  # pyright: ignore[reportArgumentType]
         parallel = Parallel(method, device, options.parallel, compiled=options.compile)
         optimizer = make_optimizer(
             options.optimizer, parallel.parameters.items(), method.lr_scales(), options.momentum,
