@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_run import ENCODER, FIT, VIEWS, TinyStream, digest, make_dino, slow_disk, wait_for_moment
+from tiny_run import ENCODER, FIT, VIEWS, TinyStream, digest, make_dino, saving, slow_disk, wait_for_moment
 from torch import nn
 
 from gigatome.core.errors import GigatomeError, RunError
@@ -179,7 +179,7 @@ def killed(out: Path, kills: int, steps: int) -> Any:
             slow_disk()
             answers = together(run(out / "killed", options, resume=True))
             os._exit(0 if all(isinstance(answer, dict) for answer in answers) else 1)
-        wait_for_moment(launcher, out / "killed" / "checkpoints", inside_save=count % 2 == 0, longest=0.6)
+        wait_for_moment(launcher, out / "killed" / "checkpoints", inside_save=2 * inside < count + 3, longest=0.6)
         os.kill(launcher, signal.SIGKILL)
         if os.WIFEXITED(os.waitpid(launcher, 0)[1]):
             break  # finished, and with fewer kills than wanted
@@ -189,7 +189,7 @@ def killed(out: Path, kills: int, steps: int) -> Any:
             except ChildProcessError:
                 break
         count += 1
-        inside += any((out / "killed" / "checkpoints").glob(".tmp-*"))
+        inside += saving(out / "killed" / "checkpoints")
     ended = together(run(out / "killed", options, resume=True))
     together(run(out / "whole", options))
     return count, inside, ended, weights(out / "killed", steps) == weights(out / "whole", steps)
@@ -375,7 +375,7 @@ SCENARIOS = {
     **{f"{mode}_signal": partial(stop_by_signal, mode=mode) for mode in ("ddp", "fsdp")},
     **{f"{mode}_not_finite": partial(not_finite, mode=mode) for mode in ("ddp", "fsdp")},
     "killed": partial(killed, kills=2, steps=30),
-    "killed_often": partial(killed, kills=20, steps=160),
+    "killed_often": partial(killed, kills=20, steps=200),
     **{
         function.__name__: function
         for function in (same_as_one, batch_norm, refusals, primitives, other_methods, stalled)

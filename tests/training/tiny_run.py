@@ -100,7 +100,7 @@ def killed_often(out: Path, options: FitOptions, kills: int, seed: int) -> int:
             if os.WEXITSTATUS(status):
                 sys.exit("a child has failed")
             break
-        inside += any((out / "checkpoints").glob(".tmp-*"))
+        inside += saving(out / "checkpoints")
     return inside
 
 
@@ -115,13 +115,19 @@ def slow_disk() -> None:
     checkpoint._sync = slowly
 
 
+def saving(folder: Path) -> bool:
+    """Whether a checkpoint later than all whole ones is unfinished; an old one that is being removed does not count."""
+    newest = max((path.name for path in folder.glob("step-*")), default="")
+    return any(path.name.removeprefix(".tmp-") > newest for path in folder.glob(".tmp-*"))
+
+
 def wait_for_moment(child: int, folder: Path, *, inside_save: bool, longest: float) -> None:
     """Waits for a random moment: of the second save from now, or of any step."""
     if not inside_save:
         time.sleep(random.uniform(0.02, longest))
         return
     before, deadline = set(folder.glob("step-*")), time.monotonic() + 30
-    while time.monotonic() < deadline and not (set(folder.glob("step-*")) - before and any(folder.glob(".tmp-*"))):
+    while time.monotonic() < deadline and not (set(folder.glob("step-*")) - before and saving(folder)):
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.001)
