@@ -36,7 +36,7 @@ from gigatome.slides.cohort import Cohort
 from gigatome.tiles.bench_result import machine
 
 TILE, MPP = 112, 0.5
-ENCODER = EncoderConfig(model="vit_tiny_patch16_224", image_size=TILE, patch_size=8, depth=6)
+ENCODER = EncoderConfig(model="vit_tiny_patch16_224", image_size=TILE, depth=6)
 DINO = [
     "tiles.tile_size=160", "tiles.mpp=[0.5]", f"dino.views.global_size={TILE}", "dino.views.local_size=48",
     "dino.out_dim=2048", "dino.views.hed_probability=0.5", "fit.precision=bf16", "fit.save_every=200",
@@ -101,7 +101,14 @@ def encoders(options: argparse.Namespace, cohort: Cohort) -> Iterator[tuple[str,
 def judge(options: argparse.Namespace, cohort: Cohort, arm: str, seed: int, encoder: TileEncoder) -> Outcome:
     """Embeds the tiles of all slides and classifies them."""
     store = embed(
-        cohort, encoder=encoder, out=options.runs / "job", tile_size=TILE, mpp=MPP, device=options.device, threads=2
+        cohort,
+        encoder=encoder,
+        out=options.runs / "job",
+        tile_size=TILE,
+        mpp=MPP,
+        device=options.device,
+        threads=2,
+        precision="bf16",
     )
     results = {
         head: evaluate(
@@ -175,7 +182,7 @@ def main() -> None:
         print(json.dumps(asdict(outcomes[-1])), flush=True)
     conditions = {
         **machine(), "device": options.device, "torch": torch.__version__, "slides": len(cohort),
-        "steps": options.steps, "batch": options.batch_size, "encoder": "ViT of 6 blocks of 192, patches of 8 px",
+        "steps": options.steps, "batch": options.batch_size, "encoder": "ViT of 6 blocks of 192, patches of 16 px",
     }  # fmt: skip
     rows = summary(outcomes)
     print(json.dumps({"conditions": conditions, "summary": rows}, indent=2))

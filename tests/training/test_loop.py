@@ -141,10 +141,11 @@ def test_bfloat16_runs_and_keeps_float32_weights(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_networks_learn_the_same(tmp_path):
+    """With SGD: Adam would make whole steps of the rounding of gradients that are zero, such as those of key biases."""
     results = []
     for compiled in (False, True):
         dino = make_dino()
-        fit(dino, TinyStream(), replace(FIT, steps=3, compile=compiled), tmp_path / str(compiled))
+        fit(dino, TinyStream(), replace(FIT, steps=3, compile=compiled, optimizer="sgd"), tmp_path / str(compiled))
         results.append(dino.state_dict())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # student and teacher, whole
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
