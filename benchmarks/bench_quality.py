@@ -11,7 +11,6 @@ import datetime
 import json
 import math
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.slides import SIDE, TISSUE, ensure_slides
-from gigatome.blob.store import write_atomic
+from benchmarks.output import add_slides, add_write, row, write_result
+from benchmarks.slides import TISSUE, ensure_slides
 from gigatome.core.native import NATIVE
 from gigatome.core.seeding import generator
 from gigatome.core.version import __version__
@@ -30,7 +29,6 @@ from gigatome.slides.reader import TiffReader
 from gigatome.slides.slide import Slide, open_slide
 from gigatome.tissue.segment import segment
 
-RESULTS = Path(__file__).parent / "results"
 TILE, MIN_TISSUE, SEED = 256, 0.4, 0
 CASES = ((0, 2), (0, 4), (0, 8), (1, 2))
 """Level and shrink."""
@@ -230,36 +228,19 @@ def markdown(results: Sequence[Measured], command: str) -> str:
         "were compressed anew, and that loss is in their pixels however they are averaged. `benchmarks/slides.py` made",
         "the last three slides.",
         "",
-        _row(HEADINGS),
-        _row("---" for _ in HEADINGS),
-        *(_row(row) for row in table(results)),
+        row(HEADINGS),
+        row("---" for _ in HEADINGS),
+        *(row(cells) for cells in table(results)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--slides",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "gigatome-bench",
-        help="folder of the benchmark slides, made there where missing (default: %(default)s)",
-    )
-    parser.add_argument("--side", type=int, default=SIDE, help="level-0 pixels along each side of the slides")
+    add_slides(parser)
     parser.add_argument("--data", type=Path, default=TISSUE, help="folder of real slides (default: %(default)s)")
     parser.add_argument("--tiles", type=int, default=16, help="of each slide, level and shrink")
-    parser.add_argument(
-        "--write",
-        metavar="FOLDER",
-        nargs="?",
-        type=Path,
-        const=RESULTS,
-        help="also write the table, to benchmarks/results unless a folder is named",
-    )
+    add_write(parser)
     options = parser.parse_args()
     results: list[Measured] = []
     for group, slide in slides(options.slides, options.side, options.data):
@@ -268,9 +249,7 @@ def main() -> None:
     print(json.dumps([item.as_json() for item in results], indent=2, ensure_ascii=False))
     if options.write:
         command = f"python -m benchmarks.bench_quality --tiles {options.tiles}"
-        options.write.mkdir(parents=True, exist_ok=True)
-        path = options.write / f"quality_{datetime.date.today():%Y%m}.md"
-        write_atomic(path, markdown(results, command))
+        write_result(options.write, "quality", markdown(results, command))
 
 
 if __name__ == "__main__":

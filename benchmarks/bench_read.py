@@ -6,18 +6,12 @@
 import argparse
 import datetime
 import json
-import re
 import sys
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
 
-from benchmarks.slides import SIDE, ensure_slides
-from gigatome.blob.store import write_atomic
+from benchmarks.output import add_slides, add_write, row, write_result
+from benchmarks.slides import ensure_slides
 from gigatome.tiles.bench import bench_read
 from gigatome.tiles.bench_result import HEADINGS, Reading, remarks, rows
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def markdown(readings: dict[str, Reading], command: str) -> str:
@@ -32,43 +26,18 @@ def markdown(readings: dict[str, Reading], command: str) -> str:
         "slides.",
     ]
     for name, reading in readings.items():
-        lines += ["", f"## {name}", "", _row(HEADINGS), _row("---" for _ in HEADINGS)]
-        lines += [_row(row) for row in rows(reading)]
+        lines += ["", f"## {name}", "", row(HEADINGS), row("---" for _ in HEADINGS)]
+        lines += [row(cells) for cells in rows(reading)]
         lines += ["", *(f"- {remark}" for remark in remarks(reading))]
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def result_name(reading: Reading) -> str:
-    """Name of the file that holds the results of this machine and month."""
-    machine = reading.machine
-    name = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", machine["processor"], flags=re.IGNORECASE)
-    hardware = "-".join([*re.findall(r"[a-z0-9]+", name.lower()), f"{machine['cores']}-cores"])
-    return f"read_{hardware}_{datetime.date.today():%Y%m}.md"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--slides",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "gigatome-bench",
-        help="folder of the benchmark slides, made there where missing (default: %(default)s)",
-    )
-    parser.add_argument("--side", type=int, default=SIDE, help="level-0 pixels along each side of the slides")
+    add_slides(parser)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tiles", type=int, default=100, help="each reader reads in a round")
-    parser.add_argument(
-        "--write",
-        metavar="FOLDER",
-        nargs="?",
-        type=Path,
-        const=RESULTS,
-        help="also write the tables, to benchmarks/results unless a folder is named",
-    )
+    add_write(parser)
     options = parser.parse_args()
     readings = {}
     for name, path in ensure_slides(options.slides, options.side).items():
@@ -77,8 +46,8 @@ def main() -> None:
     print(json.dumps({name: reading.as_json() for name, reading in readings.items()}, indent=2, ensure_ascii=False))
     if options.write:
         command = f"python -m benchmarks.bench_read --rounds {options.rounds} --tiles {options.tiles}"
-        options.write.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.write / result_name(next(iter(readings.values()))), markdown(readings, command))
+        facts = next(iter(readings.values())).machine
+        write_result(options.write, "read", markdown(readings, command), facts)
 
 
 if __name__ == "__main__":

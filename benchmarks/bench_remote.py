@@ -13,11 +13,9 @@ import json
 import operator
 import os
 import random
-import re
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +28,10 @@ import numpy as np
 import obstore
 import shapely
 
-from benchmarks.bench_read import RESULTS
+from benchmarks.output import add_slides, add_write, listed, write_result
 from benchmarks.servers import SERVERS, MissingServerError, Server, nginx
-from benchmarks.slides import SIDE, ensure_slides
+from benchmarks.slides import ensure_slides
 from gigatome.blob.remote import RemoteBlob
-from gigatome.blob.store import write_atomic
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.slides.slide import Slide, open_slide
 from gigatome.tiles.bench_result import machine
@@ -256,11 +253,10 @@ def run(options: argparse.Namespace) -> list[Result]:
 
 def markdown(results: Sequence[Result], command: str, conditions: Mapping[str, Any]) -> str:
     """The tables."""
-    described = ", ".join(f"{key} {value}" for key, value in conditions.items())
     lines = [
         "# Reading slides from servers",
         "",
-        f"`{command}`, {datetime.date.today():%Y-%m-%d}. {described}.",
+        f"`{command}`, {datetime.date.today():%Y-%m-%d}. {listed(conditions)}.",
         "",
         "Batches of 64 random unaligned tiles of 256² pixels at 0.25 mpp, decoded to uint8. Server and reader share",
         "the cores. Rounds interleaved, medians; *share* is remote over local in the same round. nginx delays each",
@@ -286,8 +282,7 @@ def markdown(results: Sequence[Result], command: str, conditions: Mapping[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--slides", type=Path, default=Path(tempfile.gettempdir()) / "gigatome-bench")
-    parser.add_argument("--side", type=int, default=SIDE, help="level-0 pixels along each side of the slides")
+    add_slides(parser)
     parser.add_argument("--slide", nargs="+", default=["ycc422_256", "ycc420_240"], help="which of them to read")
     parser.add_argument("--servers", nargs="+", choices=list(SERVERS), default=list(SERVERS))
     parser.add_argument("--delay", type=float, default=50, help="ms that nginx adds to each request")
@@ -297,7 +292,7 @@ def main() -> None:
     parser.add_argument("--peer-tiles", type=int, default=8, help="that tiffslide reads in a round")
     parser.add_argument("--threads", type=int, default=2, help="that decode")
     parser.add_argument("--in-flight", type=int, default=512, help="requests")
-    parser.add_argument("--write", metavar="FOLDER", nargs="?", type=Path, const=RESULTS, help="also write the table")
+    add_write(parser)
     options = parser.parse_args()
     conditions = {
         **machine(),
@@ -310,11 +305,7 @@ def main() -> None:
     print(json.dumps({"conditions": conditions, "results": [asdict(item) for item in results]}, indent=2))
     if options.write and results:
         command = f"python -m benchmarks.bench_remote --rounds {options.rounds} --batches {options.batches}"
-        options.write.mkdir(parents=True, exist_ok=True)
-        processor = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", conditions["processor"], flags=re.IGNORECASE)
-        hardware = "-".join([*re.findall(r"[a-z0-9]+", processor.lower()), f"{conditions['cores']}-cores"])
-        name = f"remote_{hardware}_{datetime.date.today():%Y%m}.md"
-        write_atomic(options.write / name, markdown(results, command, conditions))
+        write_result(options.write, "remote", markdown(results, command, conditions), conditions)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from benchmarks.bench_read import RESULTS
-from gigatome.blob.store import write_atomic
+from benchmarks.output import add_write, listed, write_result
 from gigatome.encoders.device import usable_device
 from gigatome.encoders.vit import EncoderConfig, unfuse_attention
 from gigatome.selfsup.dino import Dino, DinoOptions
@@ -257,9 +255,7 @@ def markdown(results: Sequence[Rates], command: str, conditions: dict[str, Any])
     lines = [
         "# One step of DINO",
         "",
-        f"`{command}`, {datetime.date.today():%Y-%m-%d}. "
-        + ", ".join(f"{key} {value}" for key, value in conditions.items())
-        + ".",
+        f"`{command}`, {datetime.date.today():%Y-%m-%d}. {listed(conditions)}.",
         "",
         "Images a second. *plain*: the same step in ordinary PyTorch, see `benchmarks/bench_step.py`. *with views*:",
         "both make their views of uint8 tiles, the plain one image by image with torchvision. Medians of interleaved",
@@ -297,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, default=0, help="that make the plain step's views")
     made.add_argument("--precisions", nargs="+", choices=list(_PRECISIONS), default=list(_PRECISIONS))
     made.add_argument("--tiny", action="store_true", help="tiny views and few prototypes, to see whether it works")
-    made.add_argument("--write", metavar="FILE", nargs="?", type=Path, const=RESULTS / "step.md", help="the table too")
+    add_write(made)
     return made
 
 
@@ -318,7 +314,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results = [measure(options, precision) for precision in options.precisions]
     if options.write:
         command = f"python -m benchmarks.bench_step --batch-size {options.batch_size} --rounds {options.rounds}"
-        write_atomic(options.write, markdown(results, command, conditions))
+        write_result(options.write, "step", markdown(results, command, conditions), conditions)
     return {"conditions": conditions, "results": [asdict(item) for item in results]}
 
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import resource
 import sys
 import tempfile
@@ -30,12 +29,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.bench_read import RESULTS
+from benchmarks.output import add_slides, add_write, listed, write_result
 from benchmarks.peers_stream import AHEAD, BATCH, GIGATOME, TILE, Contender, contenders, difference, on_level
 from benchmarks.servers import _cpu_seconds
-from benchmarks.slides import SIDE, ensure_slides
+from benchmarks.slides import ensure_slides
 from benchmarks.stream_many import many_markdown, measure_many
-from gigatome.blob.store import write_atomic
 from gigatome.core.job import Job
 from gigatome.core.native import NATIVE
 from gigatome.slides.cohort import Cohort, CohortSlide
@@ -196,9 +194,7 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
     lines = [
         "# Streaming random tiles",
         "",
-        f"`{command}`, {datetime.date.today():%Y-%m-%d}. "
-        + ", ".join(f"{key} {value}" for key, value in result["conditions"].items())
-        + ".",
+        f"`{command}`, {datetime.date.today():%Y-%m-%d}. {listed(result['conditions'])}.",
         "",
         f"Batches of {BATCH} tiles of {TILE}² pixels at random on the tissue of the three benchmark slides, the page",
         "cache warm; every stream in turn in each round, medians. *gigatome ×*: how many times this stream's rate",
@@ -235,15 +231,13 @@ def markdown(result: Mapping[str, Any], command: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = Path(tempfile.gettempdir()) / "gigatome-bench"
-    parser.add_argument("--slides", type=Path, default=default, help="folder of the benchmark slides, made if need be")
-    parser.add_argument("--side", type=int, default=SIDE, help="level-0 pixels along each side of the slides")
+    add_slides(parser)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=5, help="of each stream in a round")
     parser.add_argument("--threads", type=int, default=2, help="of gigatome, and workers of its peers")
     parser.add_argument("--many", type=int, default=0, help="also a cohort of so many slides, for a minute, twice")
     parser.add_argument("--many-seconds", type=float, default=60)
-    parser.add_argument("--write", metavar="FOLDER", nargs="?", type=Path, const=RESULTS, help="also write the tables")
+    add_write(parser)
     options = parser.parse_args()
     paths = ensure_slides(options.slides, options.side)
     cohort = Cohort(tuple(CohortSlide(str(path), name, name) for name, path in paths.items()), "the benchmark slides")
@@ -264,11 +258,7 @@ def main() -> None:
     if options.write:
         command = f"python -m benchmarks.bench_stream --rounds {options.rounds} --seconds {options.seconds:g}"
         command += f" --many {options.many}" if options.many else ""
-        options.write.mkdir(parents=True, exist_ok=True)
-        processor = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", conditions["processor"], flags=re.IGNORECASE)
-        hardware = "-".join([*re.findall(r"[a-z0-9]+", processor.lower()), f"{conditions['cores']}-cores"])
-        name = f"stream_{hardware}_{datetime.date.today():%Y%m}.md"
-        write_atomic(options.write / name, markdown(result, command))
+        write_result(options.write, "stream", markdown(result, command), conditions)
 
 
 if __name__ == "__main__":

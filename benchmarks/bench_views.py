@@ -18,12 +18,10 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -34,10 +32,9 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
-from benchmarks.bench_read import RESULTS
+from benchmarks.output import add_write, listed, write_result
 from benchmarks.servers import _cpu_seconds
 from benchmarks.slides import _REAL, TISSUE, _source
-from gigatome.blob.store import write_atomic
 from gigatome.core.native import NATIVE
 from gigatome.core.seeding import generator
 from gigatome.selfsup.views import ViewOptions, multi_crop
@@ -204,9 +201,7 @@ def markdown(rates: list[Rate], command: str, conditions: dict[str, Any]) -> str
     lines = [
         "# DINO's views on a CPU",
         "",
-        f"`{command}`, {datetime.date.today():%Y-%m-%d}. "
-        + ", ".join(f"{key} {value}" for key, value in conditions.items())
-        + ".",
+        f"`{command}`, {datetime.date.today():%Y-%m-%d}. {listed(conditions)}.",
         "",
         "Two views of 224² and eight of 96² pixels of each tile of 256², normalised, in float32. *cores*:",
         "gigatome's threads, the others' DataLoader workers (on one core, none). *gigatome ×*: how many times this",
@@ -229,7 +224,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6, help="of each pipeline in a round")
-    parser.add_argument("--write", metavar="FOLDER", nargs="?", type=Path, const=RESULTS, help="also write the table")
+    add_write(parser)
     options = parser.parse_args()
     versions = {"torch": torch.__version__, "gigatome's extension": NATIVE is not None}
     conditions, pixels = machine() | versions, tiles()
@@ -238,11 +233,7 @@ def main() -> None:
     if options.write:
         command = f"python -m benchmarks.bench_views --rounds {options.rounds} --seconds {options.seconds:g}"
         command += f" --batch-size {options.batch_size}"
-        options.write.mkdir(parents=True, exist_ok=True)
-        processor = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", conditions["processor"], flags=re.IGNORECASE)
-        hardware = "-".join([*re.findall(r"[a-z0-9]+", processor.lower()), f"{conditions['cores']}-cores"])
-        name = f"views_{hardware}_{datetime.date.today():%Y%m}.md"
-        write_atomic(options.write / name, markdown(rates, command, conditions))
+        write_result(options.write, "views", markdown(rates, command, conditions), conditions)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.slides import SIDE, ensure_slides
-from gigatome.blob.store import write_atomic
+from benchmarks.output import add_slides, add_write, row, write_result
+from benchmarks.slides import ensure_slides
 from gigatome.tiles.bench_result import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 MODULE = "gigatome._native"
 CASES = ((0.25, 1), (0.5, 2))
 """mpp, and by how much it shrinks level 0 of the benchmark slides."""
@@ -194,9 +193,9 @@ def markdown(results: Sequence[Mapping[str, Any]], command: str) -> str:
         "made from the level of 0.25 mpp, shrunk while it is decoded. `benchmarks/profile_read.py` says how they are",
         "sampled, `benchmarks/slides.py` makes the slides.",
         "",
-        _row(["step", *names]),
-        _row(["---", *("---:" for _ in names)]),
-        *map(_row, rows),
+        row(["step", *names]),
+        row(["---", *("---:" for _ in names)]),
+        *map(row, rows),
         "",
         f"Machine: {facts['processor']}, {facts['cores']} cores, load {facts['load']}; Python {facts['python']}, NumPy "
         f"{facts['numpy']}; {_version('perf', '--version')}, {_version('cc', '--version')}.",
@@ -204,40 +203,15 @@ def markdown(results: Sequence[Mapping[str, Any]], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _version(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
 
 
-def result_name() -> str:
-    """Name of the file that holds the results of this machine and month."""
-    facts = machine()
-    name = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", facts["processor"], flags=re.IGNORECASE)
-    hardware = "-".join([*re.findall(r"[a-z0-9]+", name.lower()), f"{facts['cores']}-cores"])
-    return f"profile_{hardware}_{datetime.date.today():%Y%m}.md"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--slides",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "gigatome-bench",
-        help="folder of the benchmark slides, made there where missing (default: %(default)s)",
-    )
-    parser.add_argument("--side", type=int, default=SIDE, help="level-0 pixels along each side of the slides")
+    add_slides(parser)
     parser.add_argument("--seconds", type=float, default=6, help="that each slide and resolution is read")
-    parser.add_argument(
-        "--write",
-        metavar="FOLDER",
-        nargs="?",
-        type=Path,
-        const=RESULTS,
-        help="also write the table, to benchmarks/results unless a folder is named",
-    )
+    add_write(parser)
     options = parser.parse_args()
     for tool in ("perf", "addr2line", "cc"):
         if shutil.which(tool) is None:
@@ -251,9 +225,8 @@ def main() -> None:
                 results.append(profile(library, path, mpp, shrink, options.seconds, Path(scratch)))
     print(json.dumps(results, indent=2))
     if options.write:
-        options.write.mkdir(parents=True, exist_ok=True)
         command = f"python -m benchmarks.profile_read --seconds {options.seconds:g}"
-        write_atomic(options.write / result_name(), markdown(results, command))
+        write_result(options.write, "profile", markdown(results, command), machine())
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_read import RESULTS
-from gigatome.blob.store import write_atomic
+from benchmarks.output import add_write, listed, write_result
 from gigatome.core.seeding import torch_seed
 from gigatome.embeddings.extract import embed
 from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
@@ -140,11 +139,10 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[dict[str, Any]], command: str, conditions: dict[str, Any]) -> str:
     """The table."""
-    described = ", ".join(f"{key} {value}" for key, value in conditions.items())
     lines = [
         "# Self-supervision on real tissue",
         "",
-        f"`{command}`, {datetime.date.today():%Y-%m-%d}. {described}.",
+        f"`{command}`, {datetime.date.today():%Y-%m-%d}. {listed(conditions)}.",
         "",
         "Balanced accuracy of tiles, one patient left out at a time; mean ± standard deviation over seeds of training.",
         "*slides*: of slides, by the mean of their tiles' probabilities. `benchmarks/real_tissue.py` says more.",
@@ -173,7 +171,7 @@ def main() -> None:
     parser.add_argument("--tiles-per-slide", type=int, default=300, help="that the heads learn from")
     parser.add_argument("--imagenet", help="an encoder with ImageNet weights, as gigatome embed takes it")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--write", metavar="FILE", nargs="?", type=Path, const=RESULTS / "real_tissue.md")
+    add_write(parser)
     options = parser.parse_args()
     cohort = Cohort.read(options.table)
     outcomes = []
@@ -188,7 +186,7 @@ def main() -> None:
     print(json.dumps({"conditions": conditions, "summary": rows}, indent=2))
     if options.write:
         command = f"python -m benchmarks.real_tissue … --steps {options.steps} --seeds {options.seeds}"
-        write_atomic(options.write, markdown(rows, command, conditions))
+        write_result(options.write, "tissue", markdown(rows, command, conditions), conditions)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from gigatome.core.errors import ConfigError
 from gigatome.encoders.vit import EncoderConfig
 from gigatome.selfsup.dino import DinoOptions
 from gigatome.selfsup.dinov2 import Dinov2Options
-from gigatome.selfsup.moco import MocoOptions
+from gigatome.selfsup.moco import MocoOptions, default_views
 from gigatome.selfsup.views import ViewOptions
 from gigatome.tiles.stream import StreamOptions
 from gigatome.training.loop import FitOptions
@@ -150,9 +150,7 @@ def _complete_views(values: dict[str, Any]) -> None:
 
 
 def _views(options: MethodOptions) -> ViewOptions:
-    if options.views is not None:
-        return options.views
-    return ViewOptions.moco_v3() if options.version == "v3" else ViewOptions.moco_v2()
+    return default_views(options.version) if options.views is None else options.views
 
 
 def _view_sizes(options: MethodOptions) -> dict[str, int]:

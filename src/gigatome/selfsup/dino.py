@@ -19,7 +19,7 @@ from gigatome.encoders.heads import DinoHead
 from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
 from gigatome.encoders.zoo import save_encoder
 from gigatome.selfsup.losses import dino_loss, entropy, teacher_probabilities, update_center
-from gigatome.selfsup.views import ViewOptions, multi_crop
+from gigatome.selfsup.views import ViewOptions, check_patches, multi_crop
 from gigatome.training.optim import update_average
 from gigatome.training.schedules import Clock, cosine, stairs
 
@@ -112,12 +112,8 @@ class Dino(nn.Module):
         self._teacher_means: list[Tensor] = []  # of the logits, one of each micro-batch of the step
         if any(isinstance(module, nn.BatchNorm2d) for module in self.student.encoder.modules()):
             raise ConfigError(f"DINO trains vision transformers here, not {encoder.model}; take method moco for it")
-        for size in (options.views.global_size, options.views.local_size):
-            if size % self.student.encoder.patch_size:
-                raise ConfigError(
-                    f"views of {size} px do not divide into patches of {self.student.encoder.patch_size} px; "
-                    "change views.global_size or views.local_size"
-                )
+        sizes = {"views.global_size": options.views.global_size, "views.local_size": options.views.local_size}
+        check_patches(sizes, self.student.encoder.patch_size)
 
     def train(self, mode: bool = True) -> "Dino":
         """Sets the student's mode; the teacher stays in evaluation."""

@@ -31,7 +31,7 @@ from gigatome.selfsup.losses import (
     update_center,
 )
 from gigatome.selfsup.masking import MaskOptions, block_masks, masked_patches
-from gigatome.selfsup.views import ViewOptions, multi_crop
+from gigatome.selfsup.views import ViewOptions, check_patches, multi_crop
 from gigatome.training.optim import update_average
 from gigatome.training.schedules import Clock, cosine
 
@@ -387,13 +387,9 @@ def _high_resolution(options: Dinov2Options) -> ViewOptions:
 
 
 def _check_sizes(options: Dinov2Options, patch_size: int) -> None:
-    phases = [("views.", options.views)]
+    phases = {"views.": options.views}
     if options.high_resolution_epochs > 0:
-        phases.append(("high_resolution_", _high_resolution(options)))
-    for prefix, views in phases:
-        for size in (views.global_size, views.local_size)[: 2 if views.local_views else 1]:
-            if size % patch_size:
-                raise ConfigError(
-                    f"views of {size} px do not divide into patches of {patch_size} px; "
-                    f"change {prefix}global_size or {prefix}local_size"
-                )
+        phases["high_resolution_"] = _high_resolution(options)
+    for prefix, views in phases.items():
+        local = {f"{prefix}local_size": views.local_size} if views.local_views else {}
+        check_patches({f"{prefix}global_size": views.global_size} | local, patch_size)

@@ -24,7 +24,7 @@ from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
 from gigatome.encoders.zoo import save_encoder
 from gigatome.selfsup.batch_norm import share_statistics
 from gigatome.selfsup.contrastive import info_nce, info_nce_in_batch, spread
-from gigatome.selfsup.views import ViewOptions, multi_crop
+from gigatome.selfsup.views import ViewOptions, check_patches, multi_crop
 from gigatome.training.optim import update_average
 from gigatome.training.schedules import Clock, cosine
 
@@ -136,7 +136,7 @@ class Moco(nn.Module):
         self._v3 = v3
         self.temperature = _or(options.temperature, 1.0 if v3 and resnet else 0.2)
         self._momenta = _or(options.momentum, 0.99 if v3 else 0.999), _or(options.momentum_end, 1.0 if v3 else 0.999)
-        self.view_options = options.views or _views(v3, resnet)
+        self.view_options = options.views or default_views(options.version, resnet=resnet)
         self._check(tiles)
         if v3 and not resnet:
             _prepare_vit(tiles, options, torch.Generator().manual_seed(torch_seed(seed, "vit")))
@@ -246,11 +246,7 @@ class Moco(nn.Module):
         self._shuffles = how == "shuffled" and norms > 0
 
     def _check(self, encoder: TileEncoder) -> None:
-        size = self.view_options.global_size
-        if size % encoder.patch_size:
-            raise ConfigError(
-                f"views of {size} px do not divide into patches of {encoder.patch_size} px; change views.global_size"
-            )
+        check_patches({"views.global_size": self.view_options.global_size}, encoder.patch_size)
         layer = self.options.export_layer
         if layer is None:
             return
@@ -281,8 +277,9 @@ def _or(given: _T | None, default: _T) -> _T:
     return default if given is None else given
 
 
-def _views(v3: bool, resnet: bool) -> ViewOptions:
-    if not v3:
+def default_views(version: Literal["v2", "v3"], *, resnet: bool = False) -> ViewOptions:
+    """What the authors of a version take, for a ViT or a ResNet."""
+    if version == "v2":
         return ViewOptions.moco_v2()
     return replace(ViewOptions.moco_v3(), global_scale=(0.2, 1.0)) if resnet else ViewOptions.moco_v3()
 

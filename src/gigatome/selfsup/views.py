@@ -10,6 +10,7 @@ blur is a true Gaussian, renormalised at the edge, and on an oblong tile the fal
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gigatome.core.errors import ConfigError
 from gigatome.selfsup.render import ViewDraw, render_views
 
 _ATTEMPTS = 10
@@ -126,6 +128,15 @@ class ViewOptions:
         Source: arXiv 2104.02057 and its code; differs: it resamples bilinearly.
         """
         return cls(local_views=0, global_scale=(0.08, 1.0), blur=(1.0, 0.1, 0.0))
+
+
+def check_patches(sizes: Mapping[str, int], patch_size: int) -> None:
+    """Raises :class:`ConfigError` if a view, of a side in pixels by its option's name, does not divide into patches."""
+    for size in sizes.values():
+        if size % patch_size:
+            raise ConfigError(
+                f"views of {size} px do not divide into patches of {patch_size} px; change {' or '.join(sizes)}"
+            )
 
 
 def multi_crop(

@@ -137,7 +137,8 @@ class TiffReader:
     def read_level(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> np.ndarray:
         """See :meth:`LevelReader.read_level`."""
         output = np.empty((height, width, 3), np.uint8)
-        self.read_into(output, level, x, y, shrink)
+        if error := read_regions([Region(self, output, level, x, y, shrink)])[0]:
+            raise error
         return output
 
     def ranges(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> list[tuple[int, int]]:
@@ -146,19 +147,6 @@ class TiffReader:
         index = self.index.levels[level]
         offsets, counts = index.offsets[rows, columns].ravel().tolist(), index.counts[rows, columns].ravel().tolist()
         return [place for place in zip(offsets, counts, strict=True) if place[1]]
-
-    def read_into(
-        self, output: np.ndarray, level: int, x: int, y: int, shrink: int = 1, data: Sequence[bytes] | None = None
-    ) -> float:
-        """As :meth:`read_level`, into ``output``; the arguments are those of :class:`Region`.
-
-        Returns:
-            Seconds in which the file was read.
-        """
-        region = Region(self, output, level, x, y, shrink, data)
-        if error := read_regions([region])[0]:
-            raise error
-        return region.waited
 
     def native_call(
         self, output: np.ndarray, level: int, x: int, y: int, shrink: int, data: Sequence[bytes] | None

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePosixPath
-from typing import NamedTuple, final
+from typing import final
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from gigatome.slides.index_cache import IndexCache, user_cache
 from gigatome.slides.reader import Level, LevelReader, TiffReader
 from gigatome.slides.resample import Axis, resample
 from gigatome.slides.tiff import TiffFile
-from gigatome.slides.tile_plan import TilePlan, View, read_view
+from gigatome.slides.tile_plan import Source, TilePlan, View, read_view
 from gigatome.slides.vendors import is_foreign, recognise
 
 __all__ = ["SLIDE_SUFFIXES", "Level", "Slide", "open_slide"]
@@ -80,7 +80,7 @@ class Slide:
                 mpp = self._mean(*reader.mpp)
         self.properties: Mapping[str, str] = properties
         self._mpp = mpp
-        self._sources: dict[tuple[float, bool, bool], _Source] = {}
+        self._sources: dict[tuple[float, bool, bool], Source] = {}
 
     @property
     def has_mpp(self) -> bool:
@@ -192,7 +192,7 @@ class Slide:
     def _resample(self, x: Axis, y: Axis, exact: bool, dct_scaling: bool = True) -> np.ndarray:
         """Output pixels on axes of level-0 pixels, from the level that suits them."""
         view = self._view(x, y, exact, dct_scaling)
-        return resample(partial(read_view, self._reader, view), view.size, view.extent, view.x, view.y)
+        return resample(partial(read_view, self._reader, view), view.source.size, view.source.extent, view.x, view.y)
 
     def _view(self, x: Axis, y: Axis, exact: bool, dct_scaling: bool) -> View:
         """The level to take, how far its chunks are shrunk, and the axes on it."""
@@ -206,9 +206,9 @@ class Slide:
         down = Axis(y.start / source.scale_y, y.step / source.scale_y, y.count)
         if not exact:
             across, down = across.snapped(source.extent[0]), down.snapped(source.extent[1])
-        return View(source.level, source.shrink, source.size, source.extent, across, down)
+        return View(source, across, down)
 
-    def _source_for(self, step: float, exact: bool, scaled: bool) -> "_Source":
+    def _source_for(self, step: float, exact: bool, scaled: bool) -> Source:
         """Where to read output pixels that are ``step`` level-0 pixels apart."""
         step *= _LEVEL_TOLERANCE
         limit = max(1.0, step / OVERSAMPLE) if exact else step
@@ -217,7 +217,7 @@ class Slide:
         shrink = max((k for k in level.shrinks if level.downsample * k <= step), default=1) if scaled else 1
         scale_x, scale_y = level.scale_x * shrink, level.scale_y * shrink
         size = -(-level.width // shrink), -(-level.height // shrink)
-        return _Source(index, shrink, size, (self.width / scale_x, self.height / scale_y), scale_x, scale_y)
+        return Source(index, shrink, size, (self.width / scale_x, self.height / scale_y), scale_x, scale_y)
 
     def _mean(self, x: float, y: float) -> float:
         if abs(x - y) > 0.01 * max(x, y):
@@ -227,17 +227,6 @@ class Slide:
 
 # Resolutions for which a slide remembers where to read.
 _SOURCES = 64
-
-
-class _Source(NamedTuple):
-    """A level, shrunk: its size, the part that is picture, and level-0 pixels in one of its pixels."""
-
-    level: int
-    shrink: int
-    size: tuple[int, int]
-    extent: tuple[float, float]
-    scale_x: float
-    scale_y: float
 
 
 def open_slide(

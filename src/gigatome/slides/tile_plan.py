@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 
@@ -16,22 +16,30 @@ from gigatome.slides.resample import Axis, one_block, resample, window
 _HELD_BYTES = 4 << 20
 
 
-@final
-@dataclass(frozen=True)
-class View:
-    """A level, shrunk: its size, the part that is picture, and the axes of the output on it."""
+class Source(NamedTuple):
+    """A level, shrunk: its size, the part that is picture, and level-0 pixels in one of its pixels."""
 
     level: int
     shrink: int
     size: tuple[int, int]
     extent: tuple[float, float]
+    scale_x: float
+    scale_y: float
+
+
+@final
+@dataclass(frozen=True)
+class View:
+    """Output pixels: where to read them, and their axes there."""
+
+    source: Source
     x: Axis
     y: Axis
 
 
 def read_view(reader: LevelReader, view: View, x: int, y: int, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3] of a region of a view's level."""
-    return reader.read_level(view.level, x, y, width, height, view.shrink)
+    return reader.read_level(view.source.level, x, y, width, height, view.source.shrink)
 
 
 @final
@@ -48,9 +56,10 @@ class TilePlan:
 
     def __init__(self, reader: LevelReader, view: View):
         self._reader, self._view = reader, view
-        self._window = window(view.size, view.extent, view.x, view.y) if one_block(view.x, view.y) else None
+        size, extent = view.source.size, view.source.extent
+        self._window = window(size, extent, view.x, view.y) if one_block(view.x, view.y) else None
         self.waited = 0.0
-        self.inside = view.x.within(view.extent[0]) and view.y.within(view.extent[1])
+        self.inside = view.x.within(extent[0]) and view.y.within(extent[1])
         self.blob: Blob | None = reader.blob if isinstance(reader, TiffReader) and self._window is not None else None
 
     @cached_property
@@ -59,7 +68,7 @@ class TilePlan:
         view, part, reader = self._view, self._window, self._reader
         if part is None or not isinstance(reader, TiffReader):
             return []
-        return reader.ranges(view.level, part.x, part.y, part.width, part.height, view.shrink)
+        return reader.ranges(view.source.level, part.x, part.y, part.width, part.height, view.source.shrink)
 
     def read(self, data: Sequence[bytes] | None = None, output: np.ndarray | None = None) -> np.ndarray:
         """Decodes the tile, without the GIL where the C extension does it.
@@ -84,10 +93,10 @@ class TilePlan:
         """The source pixels to read, and where they go; None if the tile takes more than that, and has been read."""
         view, part, reader = self._view, self._window, self._reader
         if part is None or not isinstance(reader, TiffReader):
-            output[:] = resample(partial(read_view, reader, view), view.size, view.extent, view.x, view.y)
+            output[:] = resample(partial(read_view, reader, view), view.source.size, view.source.extent, view.x, view.y)
             return None
         pixels = output if part.as_read else np.empty((part.height, part.width, 3), np.uint8)
-        return Region(reader, pixels, view.level, part.x, part.y, view.shrink, data), pixels
+        return Region(reader, pixels, view.source.level, part.x, part.y, view.source.shrink, data), pixels
 
     def finish(self, region: Region, pixels: np.ndarray, output: np.ndarray) -> None:
         """Makes the tile of its source pixels, now that they have been read."""
