@@ -51,8 +51,10 @@ def write_result(folder: Path, theme: str, text: str, machine: Mapping[str, Any]
     """Writes ``<theme>_<hardware>_<yyyymm>.md``; without ``machine`` the results do not depend on the hardware."""
     parts = [theme]
     if machine is not None:
-        processor = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", machine["processor"], flags=re.IGNORECASE)
-        parts.append("-".join([*re.findall(r"[a-z0-9]+", processor.lower()), f"{machine['cores']}-cores"]))
+        accelerator = str(machine.get("device", "cpu")).lower()
+        processor = re.sub(r"\((R|TM|C)\)|CPU|Processor|@.*", " ", machine["processor"], flags=re.IGNORECASE).lower()
+        words = f"{processor} {machine['cores']} cores" if accelerator == "cpu" else accelerator
+        parts.append("-".join(re.findall(r"[a-z0-9]+", words)))
     parts.append(f"{datetime.date.today():%Y%m}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{'_'.join(parts)}.md", text)

@@ -5,17 +5,30 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    cohen_kappa_score,
+    roc_auc_score,
+)
 
 from gigatome.core.errors import EvaluationError
 from gigatome.evaluation.metrics import (
     accuracy,
+    auprc,
     auroc,
     balanced_accuracy,
     bootstrap_ci,
+    brier,
     paired_difference,
+    quadratic_kappa,
+    weighted_auprc,
     weighted_auroc,
     weighted_balanced_accuracy,
+    weighted_brier,
+    weighted_quadratic_kappa,
 )
 
 
@@ -201,3 +214,49 @@ def test_inflation_widens_a_difference_about_its_value():
     assert wide.value == plain.value
     assert np.subtract(wide.ci, wide.value) == pytest.approx(1.5 * np.subtract(plain.ci, plain.value))
     assert wide.p > plain.p
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_auprc_is_the_average_precision_of_sklearn(seed):
+    rng = np.random.default_rng(seed)
+    y = np.r_[0, 1, rng.integers(0, 2, 40)]
+    score = rng.integers(0, 9, 42) / 8
+    assert auprc(y, score) == pytest.approx(average_precision_score(y, score), abs=1e-12)
+    weights = rng.integers(0, 4, (5, 42)).astype(float)
+    weights[:, :2] += 1
+    expected = [average_precision_score(y, score, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(weighted_auprc(y, two_columns(score), weights), expected, atol=1e-12)
+
+
+def test_auprc_of_several_classes_is_their_mean():
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 4, 200), rng.dirichlet(np.ones(4), 200).round(2)
+    assert auprc(y, p) == pytest.approx(average_precision_score(np.eye(4)[y], p, average="macro"), abs=1e-12)
+
+
+def test_quadratic_kappa_is_that_of_sklearn():
+    rng = np.random.default_rng(1)
+    y, p = rng.integers(0, 5, 100), rng.dirichlet(np.ones(5), 100)
+    weights = rng.integers(0, 4, (3, 100)).astype(float)
+    expected = [cohen_kappa_score(y, p.argmax(1), weights="quadratic", sample_weight=row) for row in weights]
+    np.testing.assert_allclose(weighted_quadratic_kappa(y, p, weights), expected, atol=1e-12)
+    assert quadratic_kappa(y, np.eye(5)[y]) == 1.0
+
+
+def test_brier_is_that_of_sklearn():
+    rng = np.random.default_rng(2)
+    y, p, weights = rng.integers(0, 2, 50), rng.random(50), rng.random((2, 50))
+    assert brier(y, p) == pytest.approx(brier_score_loss(y, p), abs=1e-12)
+    expected = [brier_score_loss(y, p, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(weighted_brier(y, two_columns(p), weights), expected, atol=1e-12)
+    assert brier([0, 1, 2], np.eye(3)) == 0.0
+    assert brier([0, 1, 2], np.eye(3)[[1, 2, 0]]) == 2.0
+
+
+def test_a_patient_for_each_sample():
+    for call in (
+        lambda: bootstrap_ci(weighted_auroc, [0, 1], [0.1, 0.2], ["a"], seed=0),
+        lambda: paired_difference(weighted_auroc, [0, 1], [0.1, 0.2], [0.1, 0.2], ["a"], seed=0),
+    ):
+        with pytest.raises(ValueError, match="need a patient for each of the 2 samples, not 1"):
+            call()

@@ -10,13 +10,17 @@ import pytest
 from gigatome.core.errors import CohortError, EvaluationError, StoreError
 from gigatome.core.job import Job
 from gigatome.embeddings.store import Bag, EmbeddingStore, write_bag
+from gigatome.evaluation import protocol
 from gigatome.evaluation.probes import Knn
-from gigatome.evaluation.protocol import evaluate
 from gigatome.evaluation.result import compare
 from gigatome.evaluation.splits import write_folds
 from gigatome.slides.cohort import Cohort, CohortSlide
 
 DIM = 6
+
+
+def evaluate(*args, folds=5, **options):
+    return protocol.evaluate(*args, folds=folds, **options)
 
 
 def make_store(folder, vectors, *, tiles=4, spread=0.5, seed=0, encoder="enc"):

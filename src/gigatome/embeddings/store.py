@@ -188,6 +188,11 @@ class EmbeddingStore:
             raise StoreError(f"{self.folder}: holds no embeddings of slide {name}; embed it first")
         return read_bag(self.path(name))
 
+    def attributes(self, name: str) -> dict[str, Any]:
+        """Attributes of the tiling of one slide; raises :class:`StoreError` as :meth:`read` does."""
+        with _features(self.path(name)) as (_, coords):
+            return dict(coords.attrs)
+
     def slide_vectors(self, names: Sequence[str] | None = None) -> tuple[list[str], NDArray[np.float32]]:
         """The mean embedding of each slide.
 

@@ -4,7 +4,7 @@ Every statistic here takes weights [R, N] and returns R values at once, so that 
 vectorised call: a resample of patients with replacement is a row of whole-number weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,6 +73,37 @@ def accuracy(y: ArrayLike, p: ArrayLike) -> float:
     return float(np.mean(p.argmax(1) == y))
 
 
+def auprc(y: ArrayLike, p: ArrayLike) -> float:
+    """Average precision; with several classes, the macro mean of one against the rest; arguments as :func:`auroc`.
+
+    With two classes it is that of class 1. What a classifier that knows nothing reaches is the share of the class.
+
+    Raises:
+        EvaluationError: a class has no sample.
+    """
+    return _single(weighted_auprc, y, p)
+
+
+def quadratic_kappa(y: ArrayLike, p: ArrayLike) -> float:
+    """Cohen's kappa with quadratic weights, for classes in order such as grades; arguments as :func:`auroc`.
+
+    A prediction is the class of the highest score.
+
+    Raises:
+        EvaluationError: a class has no sample.
+    """
+    return _single(weighted_quadratic_kappa, y, p)
+
+
+def brier(y: ArrayLike, p: ArrayLike) -> float:
+    """Mean squared error of the probabilities, summed over classes and halved for two; arguments as :func:`auroc`.
+
+    With two classes this is (p − y)² of class 1, as scikit-learn's; 0 is best.
+    """
+    y, p = _checked(y, p)
+    return float(weighted_brier(y, p, np.ones((1, len(y))))[0])
+
+
 def weighted_auroc(y: NDArray[np.int64], p: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """:func:`auroc` for each row of weights; a :class:`Statistic`."""
     if p.shape[1] == 2:
@@ -88,6 +119,33 @@ def weighted_balanced_accuracy(
     members = y[:, None] == np.arange(p.shape[1])
     with np.errstate(invalid="ignore"):
         return ((weights @ (members & right[:, None])) / (weights @ members)).mean(1)
+
+
+def weighted_auprc(y: NDArray[np.int64], p: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """:func:`auprc` for each row of weights; a :class:`Statistic`."""
+    classes = [1] if p.shape[1] == 2 else range(p.shape[1])
+    return np.mean([_average_precision(y == c, p[:, c], weights) for c in classes], axis=0)
+
+
+def weighted_quadratic_kappa(
+    y: NDArray[np.int64], p: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """:func:`quadratic_kappa` for each row of weights; a :class:`Statistic`."""
+    grades = np.arange(p.shape[1], dtype=np.float64)
+    guess = p.argmax(1)
+    # E (y - guess)² under independence needs the first two moments alone
+    total = weights.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        truth, said = weights @ grades[y] / total, weights @ grades[guess] / total
+        squares = weights @ (grades[y] ** 2 + grades[guess] ** 2) / total
+        return 1 - (weights @ (grades[y] - grades[guess]) ** 2 / total) / (squares - 2 * truth * said)
+
+
+def weighted_brier(y: NDArray[np.int64], p: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """:func:`brier` for each row of weights; a :class:`Statistic`."""
+    error = ((p - np.eye(p.shape[1])[y]) ** 2).sum(1) / (2 if p.shape[1] == 2 else 1)
+    with np.errstate(invalid="ignore"):
+        return weights @ error / weights.sum(1)
 
 
 def bootstrap_ci(
@@ -119,7 +177,9 @@ def bootstrap_ci(
         Lower and upper bound; NaN if fewer than half of the resamples have a score, as with very few patients.
     """
     y, p = _checked(y, p)
-    return _interval(_bootstrap(statistic, y, [p], patients, seed, resamples)[0], level)
+    _check_patients(patients, len(y))
+    drawn = bootstrap(lambda weights: statistic(y, p, weights), patients, seed=seed, resamples=resamples)
+    return percentile_interval(drawn, level)
 
 
 def paired_difference(
@@ -153,12 +213,99 @@ def paired_difference(
     """
     y, first = _checked(y, first)
     _, second = _checked(y, second)
-    a, b = _bootstrap(statistic, y, [first, second], patients, seed, resamples)
-    value = _single(statistic, y, first) - _single(statistic, y, second)
+    _check_patients(patients, len(y))
+    return resampled_difference(
+        lambda weights: statistic(y, first, weights),
+        lambda weights: statistic(y, second, weights),
+        _single(statistic, y, first) - _single(statistic, y, second),
+        patients,
+        seed=seed,
+        resamples=resamples,
+        level=level,
+        inflation=inflation,
+    )
+
+
+def resampled_difference(
+    first: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    second: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    value: float,
+    patients: Sequence[str],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+    inflation: float = 1.0,
+) -> Difference:
+    """:func:`paired_difference` for two scores of weights, [R, N] to [R], that differ by ``value``."""
+    a, b = (bootstrap(score, patients, seed=seed, resamples=resamples) for score in (first, second))
     drawn = value + (a - b - value) * inflation**0.5
     valid = drawn[np.isfinite(drawn)]
     tail = min(np.sum(valid <= 0), np.sum(valid >= 0)) + 1
-    return Difference(value, _interval(drawn, level), float(min(1.0, 2 * tail / (len(valid) + 1))))
+    return Difference(value, percentile_interval(drawn, level), float(min(1.0, 2 * tail / (len(valid) + 1))))
+
+
+def bootstrap(
+    score: Callable[[NDArray[np.float64]], NDArray[np.float64]], patients: Sequence[str], *, seed: int, resamples: int
+) -> NDArray[np.float64]:
+    """A score of each resample of patients, [resamples, …]; the same resamples for the same patients and seed.
+
+    Args:
+        score: takes weights [R, N] and gives [R, …].
+        patients: patient of each of the N samples.
+        seed: of the resampling.
+        resamples: how many.
+    """
+    return np.concatenate([score(weights) for weights in _resample(patients, seed, resamples)])
+
+
+def percentile_interval(drawn: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """The middle ``level`` of resampled scores [R]; NaN, and a warning, if fewer than half of them are numbers."""
+    valid = drawn[np.isfinite(drawn)]
+    if len(valid) < len(drawn) / 2:
+        log.warning(
+            "only %d of %d bootstrap resamples hold every class: too few patients for an interval",
+            len(valid),
+            len(drawn),
+        )
+        return float("nan"), float("nan")
+    low, high = np.quantile(valid, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def variance_factor(tested: float, trained: float) -> float:
+    """Factor on the variance of a pooled test score for the chance in which units the classifiers learnt from.
+
+    Source: Nadeau and Bengio, "Inference for the generalization error", Machine Learning 52, 2003, for the factor,
+    which they apply to the variance over folds; here it is for that of the bootstrap or of DeLong.
+
+    Args:
+        tested: different units that all folds together tested.
+        trained: units that a fold learnt from, on average.
+    """
+    return 1 + tested / trained
+
+
+def pair_sums(
+    score: NDArray[np.float64], up: NDArray[np.float64], down: NDArray[np.float64], tolerance: float = 0.0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weight of the (up, down) pairs in which up scores higher, half for ties, and of all pairs.
+
+    Args:
+        score: [N].
+        up: weights [R, N] of the samples that ought to score high.
+        down: weights [R, N] of those that ought to score low.
+        tolerance: scores no further apart than this from their neighbour in order are tied.
+
+    Returns:
+        Two arrays float64 [R].
+    """
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > tolerance])  # the first of each run of equal scores
+    up = np.add.reduceat(up[:, order], starts, axis=1)
+    down = np.add.reduceat(down[:, order], starts, axis=1)
+    below = np.cumsum(down, axis=1) - down / 2
+    return (up * below).sum(1), up.sum(1) * down.sum(1)
 
 
 def _single(statistic: Statistic, y: ArrayLike, p: ArrayLike) -> float:
@@ -182,50 +329,38 @@ def _checked(y: ArrayLike, p: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.
     return y, p
 
 
+def _check_patients(patients: Sequence[str], count: int) -> None:
+    if len(patients) != count:
+        raise ValueError(f"need a patient for each of the {count} samples, not {len(patients)}")
+
+
 def _binary_auroc(
     positive: NDArray[np.bool_], score: NDArray[np.float64], weights: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """AUROC [R] for weights [R, N]: the share of (positive, negative) pairs in the right order, half for ties."""
-    order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])  # the first of each run of equal scores
-    ranked = weights[:, order]
-    up = np.add.reduceat(ranked * positive[order], starts, axis=1)
-    down = np.add.reduceat(ranked * ~positive[order], starts, axis=1)
-    below = np.cumsum(down, axis=1) - down / 2
+    right, pairs = pair_sums(score, weights * positive, weights * ~positive)
     with np.errstate(invalid="ignore"):
-        return (up * below).sum(1) / (up.sum(1) * down.sum(1))
+        return right / pairs
 
 
-def _bootstrap(
-    statistic: Statistic,
-    y: NDArray[np.int64],
-    predictions: Sequence[NDArray[np.float64]],
-    patients: Sequence[str],
-    seed: int,
-    resamples: int,
-) -> list[NDArray[np.float64]]:
-    """The statistic of each set of predictions on the same resamples of patients, each [resamples]."""
+def _average_precision(
+    positive: NDArray[np.bool_], score: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Average precision [R] for weights [R, N]: the precision at each score, weighed by the recall gained there."""
+    order = np.argsort(-score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) < 0])
+    ranked = weights[:, order]
+    found = np.add.reduceat(ranked * positive[order], starts, axis=1)
+    called = np.cumsum(np.add.reduceat(ranked, starts, axis=1), axis=1)
+    precision = np.cumsum(found, axis=1) / np.where(called > 0, called, 1.0)
+    with np.errstate(invalid="ignore"):
+        return (found * precision).sum(1) / found.sum(1)
+
+
+def _resample(patients: Sequence[str], seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
+    """Weights float64 [≤ resamples, N]: how often each sample's patient was drawn, some resamples at a time."""
     names, patient = np.unique(np.asarray(patients), return_inverse=True)
-    if len(patient) != len(y):
-        raise ValueError(f"need a patient for each of the {len(y)} samples, not {len(patient)}")
     draws = generator(seed, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    step = max(1, _CELLS_AT_ONCE // max(1, len(y)))
-    scores: list[list[NDArray[np.float64]]] = [[] for _ in predictions]
+    step = max(1, _CELLS_AT_ONCE // max(1, len(patient)))
     for start in range(0, resamples, step):
-        weights = draws[start : start + step, patient].astype(np.float64)
-        for p, found in zip(predictions, scores, strict=True):
-            found.append(statistic(y, p, weights))
-    return [np.concatenate(found) for found in scores]
-
-
-def _interval(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
-    valid = drawn[np.isfinite(drawn)]
-    if len(valid) < len(drawn) / 2:
-        log.warning(
-            "only %d of %d bootstrap resamples hold every class: too few patients for an interval",
-            len(valid),
-            len(drawn),
-        )
-        return float("nan"), float("nan")
-    low, high = np.quantile(valid, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+        yield draws[start : start + step, patient].astype(np.float64)

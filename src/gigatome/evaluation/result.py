@@ -17,7 +17,7 @@ from gigatome.core.errors import EvaluationError
 from gigatome.evaluation import metrics
 from gigatome.evaluation.metrics import Difference
 
-Level = Literal["slide", "tile"]
+Level = Literal["slide", "patient", "tile"]
 
 _STATISTICS = {"auroc": metrics.weighted_auroc, "balanced_accuracy": metrics.weighted_balanced_accuracy}
 
@@ -95,7 +95,7 @@ class EvaluationResult:
         head: name of the head.
         options: options of the head.
         encoder: name of the encoder.
-        level: whether a slide's mean embedding or each tile was classified.
+        level: whether slides, patients or tiles were classified.
         classes: labels; with two, the last is the positive one.
         n_slides: slides that were tested.
         n_patients: their patients.
@@ -159,15 +159,15 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as JSON can hold it; a score that is not defined is None."""
-        plain = {
+        values = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("predictions", "options")
         }
-        plain["scores"] = asdict(self.scores)
-        plain["by_slide"] = {name: asdict(scores) for name, scores in self.by_slide.items()}
-        plain["folds"] = [asdict(fold) for fold in self.folds]
-        plain["options"] = dict(self.options)
-        plain["fold_auroc"] = dict(zip(("mean", "sd"), self.fold_auroc, strict=True))
-        return _plain(plain)
+        values["scores"] = asdict(self.scores)
+        values["by_slide"] = {name: asdict(scores) for name, scores in self.by_slide.items()}
+        values["folds"] = [asdict(fold) for fold in self.folds]
+        values["options"] = dict(self.options)
+        values["fold_auroc"] = dict(zip(("mean", "sd"), self.fold_auroc, strict=True))
+        return plain(values)
 
     def save(self, path: str | Path) -> None:
         """Writes ``path``, with the ending ``.json``, and beside it the predictions, with ``.csv``.
@@ -264,9 +264,10 @@ def score(
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested values as JSON can hold them; a number that is not finite is None."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,208 +1,389 @@
-"""Which slides train and which test: patients are never on both sides.
+"""Which units train and which test: patients, or sites, are never on both sides.
 
-Folds can be written to, and read from, the table of Patho-Bench: tab-separated, ``case_id``, ``slide_id``, the target,
-and a column ``fold_k`` a fold with ``train``, ``val`` or ``test``.
+Published splits are read, and any splits written, by :mod:`~gigatome.evaluation.split_tables`.
 """
 
-import csv
-import hashlib
-import io
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.blob.store import write_atomic
 from gigatome.core.errors import EvaluationError
 from gigatome.core.logs import log
 from gigatome.core.seeding import generator
+from gigatome.evaluation.folds import Fold as Fold
+from gigatome.evaluation.folds import (
+    deal_sites,
+    digest_of,
+    draw_groups,
+    draw_sites,
+    draw_stratified,
+    fold_of_patients,
+    leave_one_out,
+    patient_folds,
+)
+from gigatome.evaluation.folds import folds_digest as folds_digest
+from gigatome.evaluation.folds import read_folds as read_folds
+from gigatome.evaluation.folds import write_folds as write_folds
+from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome, Units
 
-Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Indices of the training and of the test samples."""
+Group = Literal["patient", "site"]
+
+_TIME_BINS = 4
 
 
-def patient_folds(patients: Sequence[str], labels: Sequence[Hashable], folds: int, seed: int) -> list[Fold]:
-    """Stratified k folds of whole patients.
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Sorted indices of the units that train, those that test, and those that a head may be tuned on.
 
-    Patients are dealt one by one, those with the rarest class first, each to the fold that holds the fewest patients
-    of its classes; so with one label a patient every fold gets its share of each class to within one patient.
-    Slides of one patient may have different labels, such as tumour and normal: the patient then counts for each.
+    Attributes:
+        train: int64, at least one.
+        test: int64, at least one.
+        val: int64; may be empty.
+    """
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+    val: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """One or more splits of the same units.
+
+    Attributes:
+        parts: the splits.
+        name: how they were made, in words.
+        digest: 16 hexadecimal digits, equal for the same units on the same sides, in whatever order.
+        overlapping: whether any unit is tested by more than one of them, as in Monte-Carlo splits.
+        warnings: what to tell the reader of the result, such as patients on both sides of a published split.
+    """
+
+    parts: tuple[Split, ...]
+    name: str
+    digest: str
+    overlapping: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How to split.
+
+    Attributes:
+        kind: ``"kfold"``: every unit is tested once; ``"monte_carlo"``: ``folds`` random splits, whose test parts
+            overlap; ``"leave_one_out"``: one group is tested at a time.
+        folds: how many.
+        val_fraction: share of the groups that do not test, set aside to tune on.
+        test_fraction: for ``"monte_carlo"``, share of the groups that test.
+        train_fraction: share of the training units to keep, such as HIPT's 0.25; of each class its share.
+        train_units: how many training units to keep, of each class its share, at least one; None keeps all.
+        group: what is never on two sides. A site is a TCGA tissue source site or the column that the units were made
+            with; splits that keep sites whole say how well a head does in a hospital it has not seen (Howard et al.,
+            Nat. Commun. 2021; differs: sites are dealt greedily, the best of 64 random orders, not by an optimiser).
+        seed: of all draws.
+    """
+
+    kind: Literal["kfold", "monte_carlo", "leave_one_out"] = "kfold"
+    folds: int = 10
+    val_fraction: float = 0.0
+    test_fraction: float = 0.1
+    train_fraction: float = 1.0
+    train_units: int | None = None
+    group: Group = "patient"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.kind not in ("kfold", "monte_carlo", "leave_one_out") or self.group not in ("patient", "site"):
+            raise EvaluationError(
+                f"there is no split {self.kind!r} by {self.group!r}; there are kfold, monte_carlo and leave_one_out, "
+                "by patient or site"
+            )
+        if self.folds < (2 if self.kind == "kfold" else 1):
+            raise EvaluationError(
+                f"{self.kind} needs at least {2 if self.kind == 'kfold' else 1} folds, not {self.folds}"
+            )
+        if not (0 <= self.val_fraction < 1 and 0 < self.test_fraction < 1 and 0 < self.train_fraction <= 1):
+            raise EvaluationError(
+                f"val_fraction {self.val_fraction}, test_fraction {self.test_fraction} and train_fraction "
+                f"{self.train_fraction} are shares between 0 and 1"
+            )
+        if self.train_units is not None and (self.train_units < 1 or self.train_fraction < 1):
+            raise EvaluationError("train_units is at least 1, and goes without train_fraction")
+
+
+def make_splits(units: Units, options: SplitOptions) -> Splits:
+    """Splits units by patient or site, with each class, or event and time, in its share on each side.
 
     Args:
-        patients: patient of each sample.
-        labels: label of each sample.
-        folds: how many, at least 2.
-        seed: of the shuffling; the result depends on nothing else, not on the order of the samples.
+        units: what is split.
+        options: how.
 
     Returns:
-        For each fold the sorted indices of its training and test samples; each sample is tested once.
+        The splits. They depend on the units and the seed, not on the units' order.
 
     Raises:
-        EvaluationError: there is one class only, or a class has fewer than two patients, or fewer than folds.
+        EvaluationError: the classes, events, patients or sites are too few for it, or sites are unknown.
     """
-    if folds < 2:
-        raise EvaluationError(f"cross-validation needs at least 2 folds, not {folds}")
-    classes = _classes_of_patients(patients, labels)
-    count = _count_patients(classes)
-    _check_classes(count)
-    rarest = min(count, key=lambda label: (count[label], str(label)))
-    if count[rarest] < folds:
-        raise EvaluationError(
-            f"class {rarest} has {count[rarest]} patients, fewer than {folds} folds; use {count[rarest]} folds, "
-            "or leave one patient out"
-        )
-    fold_of = _deal(classes, count, folds, seed)
-    return _to_indices(np.array([fold_of[patient] for patient in patients]), folds, labels)
+    strata, groups = stratum_of(units.outcome), groups_of(units, options.group)
+    held_out = _test_parts(units, strata, groups, options)
+    parts = []
+    for k, test in enumerate(held_out):
+        train, val = _set_aside(np.setdiff1d(np.arange(len(units)), test), strata, groups, options, k)
+        parts.append(Split(_keep(train, strata, units, options, k), test, val))
+    return finish(units, parts, describe(options), alone=options.kind == "leave_one_out")
 
 
-def leave_one_out(patients: Sequence[str], labels: Sequence[Hashable]) -> list[Fold]:
-    """One fold a patient: each tests one patient's samples and trains on all others'; sorted by patient.
+def external_split(train_units: Units, test_units: Units, options: SplitOptions | None = None) -> tuple[Units, Splits]:
+    """One split: one cohort trains, another tests.
+
+    Args:
+        train_units: of the first cohort.
+        test_units: of the second. Make them with ``classes=`` of the first cohort's outcome.
+        options: for ``val_fraction``, ``train_fraction``, ``train_units``, ``group`` and ``seed``.
+
+    Returns:
+        Units of both, those that train first, and the split.
 
     Raises:
-        EvaluationError: there is one class only, or a class has fewer than two patients.
+        EvaluationError: a patient or a slide is in both cohorts, or the outcomes differ in kind, classes or unit.
     """
-    _check_classes(_count_patients(_classes_of_patients(patients, labels)))
-    names, index = np.unique(np.asarray(patients), return_inverse=True)
-    return _to_indices(index, len(names), labels)
+    options = options or SplitOptions()
+    units = _both(train_units, test_units)
+    count = len(train_units)
+    strata, groups = stratum_of(units.outcome), groups_of(units, options.group)
+    train, val = _set_aside(np.arange(count), strata, groups, options, 0)
+    split = Split(_keep(train, strata, units, options, 0), np.arange(count, len(units)), val)
+    name = f"{count} {train_units.level}s train, {len(test_units)} of another cohort test{_extras(options)}"
+    return units, finish(units, [split], name)
 
 
-def folds_digest(names: Sequence[str], folds: Sequence[Fold]) -> str:
-    """Hash of folds, 16 hexadecimal digits: equal for the same slides on the same sides, in whatever order."""
-    rows = sorted(
-        f"{k}\t{side}\t{names[i]}" for k, fold in enumerate(folds) for side, part in enumerate(fold) for i in part
-    )
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
-
-
-def write_folds(
-    path: str | Path,
-    names: Sequence[str],
-    patients: Sequence[str],
-    labels: Sequence[Hashable],
-    folds: Sequence[Fold],
+def finish(
+    units: Units,
+    parts: Sequence[Split],
+    name: str,
     *,
-    target: str,
-) -> None:
-    """Writes folds as Patho-Bench's table.
+    alone: bool = False,
+    warnings: Sequence[str] = (),
+) -> Splits:
+    """The splits with their hash, after a check that each can learn and test what it must.
 
     Args:
-        path: the ``.tsv``.
-        names: name of each slide.
-        patients: patient of each slide.
-        labels: label of each slide.
-        folds: from :func:`patient_folds`.
-        target: name of the label column.
-    """
-    sides = [dict.fromkeys(train, "train") | dict.fromkeys(test, "test") for train, test in folds]
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(["case_id", "slide_id", target, *(f"fold_{k}" for k in range(len(folds)))])
-    for i, row in enumerate(zip(patients, names, labels, strict=True)):
-        writer.writerow([*row, *(side.get(i, "") for side in sides)])
-    write_atomic(path, text.getvalue())
-
-
-def read_folds(path: str | Path, names: Sequence[str], patients: Sequence[str]) -> list[Fold]:
-    """Reads folds from Patho-Bench's table, for the slides that are at hand.
-
-    Slides that the table gives to ``val``, or does not have, are in neither part. The table may name slides that are
-    not at hand.
-
-    Args:
-        path: the ``.tsv``, or the same with commas.
-        names: name of each slide at hand.
-        patients: patient of each.
+        units: what is split.
+        parts: the splits.
+        name: how they were made.
+        alone: whether a test part is one group, so that it need not hold every class.
+        warnings: to be kept.
 
     Raises:
-        EvaluationError: it is no such table, a patient is on both sides of a fold, or a part of a fold is empty.
+        EvaluationError: a part is empty, a training part lacks a class or has no event, or a class is never tested.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: the table of folds cannot be read ({error})") from error
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.partition("\n")[0] else ",")
-    columns = [column for column in reader.fieldnames or [] if column.startswith("fold_")]
-    if "slide_id" not in (reader.fieldnames or []) or not columns:
-        raise EvaluationError(f"{path}: is no table of folds; it needs columns slide_id and fold_0, fold_1 …")
-    rows = {row["slide_id"]: row for row in reader}
-    absent = sum(name not in rows for name in names)
-    if absent:
-        log.warning("%s: does not have %d of %d slides; they are left out", path, absent, len(names))
-    return [_read_fold(rows, column, names, patients, str(path)) for column in columns]
+    told = list(warnings)
+    outcome = units.outcome
+    if isinstance(outcome, ClassOutcome) and len(outcome.classes) < 2:
+        raise EvaluationError(f"all units are {', '.join(outcome.classes)}; need at least two classes to tell apart")
+    for k, part in enumerate(parts):
+        if not len(part.train) or not len(part.test):
+            raise EvaluationError(f"fold {k} has no {'test' if len(part.train) else 'training'} unit")
+        lost, untested = _lacks(outcome, part.train), _lacks(outcome, part.test)
+        if lost:
+            raise EvaluationError(f"fold {k} leaves {lost[0]} to learn from; use other folds, or merge the class")
+        if untested and not alone:
+            told.append(f"fold {k} has {', '.join(untested)} to test")
+    never = _lacks(outcome, np.concatenate([part.test for part in parts]))
+    if never:
+        raise EvaluationError(f"all folds together have {', '.join(never)} to test; use other folds")
+    for warning in told[len(warnings) :]:
+        log.warning("%s: %s", name, warning)
+    digest = digest_of(units.names, [(part.train, part.test, part.val) for part in parts])
+    tested = np.concatenate([part.test for part in parts])
+    return Splits(tuple(parts), name, digest, len(np.unique(tested)) < len(tested), tuple(told))
 
 
-def _read_fold(
-    rows: Mapping[str, Mapping[str, str]], column: str, names: Sequence[str], patients: Sequence[str], source: str
-) -> Fold:
-    sides: dict[str, list[int]] = {"train": [], "test": []}
-    for i, name in enumerate(names):
-        side = (rows.get(name) or {}).get(column) or ""
-        if side in sides:
-            sides[side].append(i)
-        elif side not in ("", "val"):
-            raise EvaluationError(f"{source}: {column} of slide {name} is {side!r}, not train, val or test")
-    for side, part in sides.items():
-        if not part:
-            raise EvaluationError(f"{source}: {column} has no {side} slide among those with embeddings and labels")
-    both = {patients[i] for i in sides["train"]} & {patients[i] for i in sides["test"]}
-    if both:
-        raise EvaluationError(f"{source}: {column} has patient {min(both)} in both train and test")
-    return np.array(sides["train"], np.int64), np.array(sides["test"], np.int64)
+def _lacks(outcome: ClassOutcome | SurvivalOutcome, part: NDArray[np.int64]) -> list[str]:
+    """What a part has none of: a class, or events."""
+    if isinstance(outcome, SurvivalOutcome):
+        return [] if outcome.event[part].any() else ["no event"]
+    held = set(outcome.y[part].tolist())
+    return [f"no {label}" for k, label in enumerate(outcome.classes) if k not in held]
 
 
-def _classes_of_patients(patients: Sequence[str], labels: Sequence[Hashable]) -> dict[str, set[Hashable]]:
-    classes: dict[str, set[Hashable]] = defaultdict(set)
-    for patient, label in zip(patients, labels, strict=True):
-        classes[patient].add(label)
-    return classes
+def describe(options: SplitOptions) -> str:
+    """The options in words, for a report."""
+    of, share = f"{options.group}s", f"{100 * options.test_fraction:g} %"
+    name = {
+        "kfold": f"{options.folds} stratified folds of {of}, seed {options.seed}",
+        "monte_carlo": f"{options.folds} random splits with {share} of the {of} to test, seed {options.seed}",
+        "leave_one_out": f"leave one {options.group} out",
+    }[options.kind]
+    return name + _extras(options)
 
 
-def _count_patients(classes: Mapping[str, set[Hashable]]) -> dict[Hashable, int]:
-    count: dict[Hashable, int] = defaultdict(int)
-    for patient in sorted(classes):
-        for label in classes[patient]:
-            count[label] += 1
-    return count
+def _extras(options: SplitOptions) -> str:
+    extras = f", {100 * options.val_fraction:g} % of the others to tune on" if options.val_fraction else ""
+    extras += f", {100 * options.train_fraction:g} % of the training part" if options.train_fraction < 1 else ""
+    return extras + (f", {options.train_units} to train on" if options.train_units else "")
 
 
-def _check_classes(count: Mapping[Hashable, int]) -> None:
-    if len(count) < 2:
-        only = "".join(f" ({label})" for label in count)
-        raise EvaluationError(f"the labels hold {len(count)} class{only}; need at least two to tell apart")
-    few = {label: patients for label, patients in count.items() if patients < 2}
-    if few:
-        listed = ", ".join(f"{label} has {few[label]}" for label in sorted(few, key=str)[:5])
+def groups_of(units: Units, group: Group) -> tuple[str, ...]:
+    """What must stay on one side: the patient of each unit, or its site.
+
+    Raises:
+        EvaluationError: a unit has no site, or a patient has two.
+    """
+    if group == "patient":
+        return units.patients
+    lost = [name for name, site in zip(units.names, units.sites, strict=True) if not site]
+    if lost:
         raise EvaluationError(
-            f"every class needs at least 2 patients, one to learn from and one to test; class {listed}: "
-            "drop or merge it" + ("" if len(few) <= 5 else f" (and {len(few) - 5} more; is the target a class at all?)")
+            f"{len(lost)} of {len(units)} units have no site, such as {lost[0]}; name the column that holds it (their "
+            "names are no TCGA barcodes)"
+        )
+    of: dict[str, str] = {}
+    for patient, site in zip(units.patients, units.sites, strict=True):
+        if of.setdefault(patient, site) != site:
+            raise EvaluationError(f"patient {patient} has slides of two sites, {of[patient]} and {site}")
+    return units.sites
+
+
+def stratum_of(outcome: ClassOutcome | SurvivalOutcome) -> list[Hashable]:
+    """What is spread evenly: the class; or whether the event was seen, and the quartile of the time among those."""
+    if isinstance(outcome, ClassOutcome):
+        return [outcome.classes[y] for y in outcome.y]
+    strata: list[Hashable] = [""] * len(outcome.time)
+    for seen in (False, True):
+        index = np.flatnonzero(outcome.event == seen)
+        if len(index):
+            edges = np.quantile(outcome.time[index], np.arange(1, _TIME_BINS) / _TIME_BINS)
+            for i, quarter in zip(index.tolist(), np.searchsorted(edges, outcome.time[index]).tolist(), strict=True):
+                strata[i] = f"{'event' if seen else 'censored'} {quarter}"
+    return strata
+
+
+def _test_parts(
+    units: Units, strata: Sequence[Hashable], groups: Sequence[str], options: SplitOptions
+) -> list[NDArray[np.int64]]:
+    """Indices of the test part of each split."""
+    survival = isinstance(units.outcome, SurvivalOutcome)
+    _enough(units, strata, groups, options)
+    if options.kind == "monte_carlo":
+        draws, share = [generator(options.seed, "test", k) for k in range(options.folds)], options.test_fraction
+        if options.group == "site":
+            return [np.flatnonzero(draw_sites(groups, strata, share, rng)) for rng in draws]
+        least = 2 if survival else len(set(strata))
+        return [np.flatnonzero(draw_groups(groups, strata, share, rng, least=least)) for rng in draws]
+    if options.kind == "leave_one_out":
+        if not survival and options.group == "patient":
+            return [test for _, test in leave_one_out(groups, strata)]
+        return [np.flatnonzero(np.asarray(groups) == group) for group in sorted(set(groups))]
+    if options.group == "site":
+        fold = deal_sites(groups, strata, np.full(options.folds, 1 / options.folds), generator(options.seed, "sites"))
+        return [np.flatnonzero(fold == k) for k in range(options.folds)]
+    if survival:
+        fold = fold_of_patients(groups, strata, options.folds, options.seed)
+        return [np.flatnonzero(fold == k) for k in range(options.folds)]
+    return [test for _, test in patient_folds(groups, strata, options.folds, options.seed)]
+
+
+def _enough(units: Units, strata: Sequence[Hashable], groups: Sequence[str], options: SplitOptions) -> None:
+    """Refuses what cannot be split so; class counts of patients are left to :func:`patient_folds`."""
+    count = len(set(groups))
+    if options.kind == "leave_one_out" and isinstance(units.outcome, SurvivalOutcome) and options.group == "patient":
+        raise EvaluationError("one patient alone has nobody to be ranked against: use folds, not leave-one-out")
+    if count < (options.folds if options.kind == "kfold" else 2):
+        raise EvaluationError(f"there are {count} {options.group}s for {options.folds} folds")
+    members: dict[str, set[str]] = defaultdict(set)
+    for stratum, group in zip(strata, groups, strict=True):
+        members[str(stratum)].add(group)
+    if isinstance(units.outcome, SurvivalOutcome):
+        events = set().union(*(of for name, of in members.items() if name.startswith("event")))
+        if options.kind == "kfold" and len(events) < options.folds:
+            raise EvaluationError(
+                f"{len(events)} {options.group}s have an event, fewer than {options.folds} folds; use fewer folds"
+            )
+        return
+    if len(members) < 2:
+        raise EvaluationError(f"the labels hold one class ({min(members)}); need at least two to tell apart")
+    few = [name for name, of in sorted(members.items()) if len(of) < 2]
+    if few:
+        raise EvaluationError(
+            f"class {few[0]} is in one {options.group} only, and cannot be both learnt and tested: drop or merge it"
+            + ("" if options.group == "patient" else ", or split by patient")
+            + ("" if len(few) <= 5 else f" (and {len(few) - 1} more; is the target a class at all?)")
         )
 
 
-def _deal(classes: Mapping[str, set[Hashable]], count: Mapping[Hashable, int], folds: int, seed: int) -> dict[str, int]:
-    """Fold of each patient."""
-    rng = generator(seed, "folds")
-    by_rarity = {label: rank for rank, label in enumerate(sorted(count, key=lambda c: (count[c], str(c))))}
-    ranks = {patient: sorted(by_rarity[label] for label in classes[patient]) for patient in sorted(classes)}
-    luck = dict(zip(ranks, rng.permutation(len(ranks)), strict=True))
-    order = sorted(ranks, key=lambda patient: (ranks[patient][0], -len(ranks[patient]), luck[patient]))
-    held = np.zeros((folds, len(count)), np.int64)
-    patients = np.zeros(folds, np.int64)
-    fold_of: dict[str, int] = {}
-    for patient in order:
-        among = rng.permutation(folds)
-        best = min(among, key=lambda k: (*(held[k, rank] for rank in ranks[patient]), patients[k]))
-        fold_of[patient] = int(best)
-        held[best, ranks[patient]] += 1
-        patients[best] += 1
-    return fold_of
+def _set_aside(
+    rest: NDArray[np.int64], strata: Sequence[Hashable], groups: Sequence[str], options: SplitOptions, fold: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The training and the tuning units among those that do not test."""
+    if not options.val_fraction:
+        return rest, np.zeros(0, np.int64)
+    rng = generator(options.seed, "val", fold)
+    draw = draw_sites if options.group == "site" else draw_groups
+    of, told = [groups[int(i)] for i in rest], [strata[int(i)] for i in rest]
+    chosen = draw(of, told, options.val_fraction, rng)
+    return rest[~chosen], rest[chosen]
 
 
-def _to_indices(fold: NDArray[np.int64], folds: int, labels: Sequence[Hashable]) -> list[Fold]:
-    result = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(folds)]
-    for k, (train, _) in enumerate(result):
-        missing = set(labels) - {labels[i] for i in train.tolist()}
-        if missing:
-            raise EvaluationError(f"fold {k} leaves class {min(map(str, missing))} without a patient to learn from")
-    return result
+def _keep(
+    train: NDArray[np.int64], strata: Sequence[Hashable], units: Units, options: SplitOptions, fold: int
+) -> NDArray[np.int64]:
+    """The training units that ``train_fraction`` or ``train_units`` leaves."""
+    count = round(options.train_fraction * len(train)) if options.train_units is None else options.train_units
+    if count == len(train):
+        return train
+    if count > len(train):
+        raise EvaluationError(f"fold {fold} has {len(train)} training units, fewer than the {count} asked for")
+    order = train[np.argsort([units.names[i] for i in train.tolist()], kind="stable")]
+    told = [strata[i] for i in order.tolist()]
+    if isinstance(units.outcome, ClassOutcome) and count < len(set(told)):
+        raise EvaluationError(f"{count} training units cannot hold the {len(set(told))} classes")
+    rng = generator(options.seed, "train", fold)
+    return np.sort(order[draw_stratified(told, max(1, count), rng)])
+
+
+def _both(first: Units, second: Units) -> Units:
+    """The units of two cohorts, after a check that they can be told apart and hold one outcome."""
+    shared = sorted(set(first.patients) & set(second.patients))
+    if not shared:
+        shared = sorted({s for of in first.slides for s in of} & {s for of in second.slides for s in of})
+    if shared:
+        raise EvaluationError(
+            f"{len(shared)} patients or slides are in both cohorts, such as {', '.join(shared[:5])}; leave them out of "
+            "one"
+        )
+    a, b = first.outcome, second.outcome
+    if first.level != second.level or type(a) is not type(b):
+        raise EvaluationError("the cohorts differ in what is predicted: a class or survival, of slides or patients")
+    if isinstance(a, ClassOutcome) and isinstance(b, ClassOutcome):
+        if a.classes != b.classes:
+            raise EvaluationError(
+                f"the classes differ: {', '.join(a.classes)} and {', '.join(b.classes)}; map the labels, or make the "
+                "units of the second cohort with the classes of the first"
+            )
+        outcome = ClassOutcome(a.classes, np.concatenate([a.y, b.y]))
+    elif isinstance(a, SurvivalOutcome) and isinstance(b, SurvivalOutcome):
+        if a.unit != b.unit:
+            raise EvaluationError(f"the survival times differ in their unit, {a.unit} and {b.unit}")
+        time, event = np.concatenate([a.time, b.time]), np.concatenate([a.event, b.event])
+        outcome = SurvivalOutcome(time, event, a.unit, a.spelt if a.spelt == b.spelt else f"{a.spelt}; {b.spelt}")
+    else:  # of one kind, as was checked
+        raise TypeError(type(a).__name__)
+    reasons = dict.fromkeys([*first.excluded, *second.excluded])
+    return replace(
+        first,
+        names=first.names + second.names,
+        patients=first.patients + second.patients,
+        slides=first.slides + second.slides,
+        outcome=outcome,
+        excluded={reason: first.excluded.get(reason, ()) + second.excluded.get(reason, ()) for reason in reasons},
+        sites=first.sites + second.sites,
+        warnings=first.warnings + second.warnings,
+    )

@@ -1,0 +1,52 @@
+"""``gigatome predict``."""
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gigatome.cli.options import SlideMpp, cohort_of
+from gigatome.cli.progress import progress_bar
+
+_SHOWN = 20
+
+
+def predict(
+    run: Path = typer.Argument(help="Folder of a study, as gigatome evaluate … -o FOLDER writes it, or of its heads."),
+    slides: str = typer.Argument(help="Slides (folder, glob, bucket prefix, CSV), or a job directory with embeddings."),
+    out: Path = typer.Option(..., "--out", "-o", help="Table to write, .csv."),
+    arm: str | None = typer.Option(None, help="Which heads, where the study has several."),
+    encoder: str | None = typer.Option(None, help="To embed slides with: what gigatome embed takes."),
+    job: Path | None = typer.Option(None, help="Job directory for the embeddings; beside the table by default."),
+    by_patient: bool = typer.Option(False, "--by-patient", help="Predict patients, from all their slides together."),
+    slide_mpp: SlideMpp = None,
+    device: str = typer.Option("cpu", help="Where the encoder runs, such as cuda."),
+) -> None:
+    """Predict new slides with the heads of a study; embeddings by another encoder are refused."""
+    from gigatome.blob.store import write_atomic
+    from gigatome.evaluation.predict import predict_slides
+    from gigatome.evaluation.saved import predictions_csv
+
+    with progress_bar() as progress:
+        model, rows, failures = predict_slides(
+            run, slides if slide_mpp is None else cohort_of(slides, slide_mpp),
+            arm=arm, encoder=encoder, job=job or out.with_suffix(""), by_patient=by_patient, device=device,
+            progress=progress,
+        )  # fmt: skip
+    write_atomic(out, predictions_csv(model, rows))
+    console = Console(highlight=False)
+    table = Table(title=f"{model.card['target']} by {model.card['head']} on {model.card['encoder']['name']}")
+    for column in ("", "predicted", "probability" if model.classes else "risk", "±", ""):
+        table.add_column(column)
+    for row in rows[:_SHOWN]:
+        value = max(row.probabilities) if row.probabilities else row.risk
+        odd = "unlike the training slides" if row.unusual else ""
+        table.add_row(row.name, row.label, f"{value:.3f}", f"{row.spread:.3f}", odd)
+    console.print(table)
+    more = f" ({len(rows) - _SHOWN} more in the table)" if len(rows) > _SHOWN else ""
+    console.print(f"{out}{more}", soft_wrap=True)
+    for failure in failures:
+        console.print(f"{failure.slide}: {failure.stage}: {failure.message}", soft_wrap=True, markup=False)
+    if failures:
+        raise typer.Exit(3 if rows else 1)

@@ -1,0 +1,192 @@
+"""Models of whole bags as heads: what they learn from, what they predict, and how they are kept."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gigatome import config
+from gigatome.core.errors import ConfigError, EvaluationError, StoreError
+from gigatome.core.seeding import torch_seed
+from gigatome.evaluation.heads import Outcome, Prediction
+from gigatome.evaluation.splits import Split
+from gigatome.evaluation.unit_data import UnitData
+from gigatome.evaluation.units import ClassOutcome
+from gigatome.mil import losses
+from gigatome.mil.fit import BagFitOptions, fit_bags, predict_bags
+from gigatome.mil.mcat import LateFusion, LateFusionOptions
+from gigatome.mil.model import BagModel, Criterion, Targets
+from gigatome.mil.source import StoreBags, fit_clusters
+from gigatome.mil.zoo import bag_model, graph_of, model_options
+
+
+@dataclass(frozen=True)
+class BagHead:
+    """A model of bags and how it is trained.
+
+    Attributes:
+        model: its name, one of :data:`gigatome.mil.zoo.MODELS`.
+        options: of the model, by name, in place of its defaults.
+        fit: of the training.
+        smoothing: of the labels, share of each that is spread over all classes.
+        balanced: weigh classes so that each counts alike.
+        survival_loss: ``"nll"`` of time bins, ``"cox"`` or ``"ranking"``; the last two compare the bags of a batch.
+        alpha: of ``"nll"``, weight taken from censored bags.
+        bins: of ``"nll"``, time bins with equally many events.
+        bins_from: of whose times: of the ``"train"`` part, or of the whole ``"cohort"`` as MCAT and HIPT do, which
+            tells the model a little of the test part.
+        late_fusion: how omics, where they are given, join a model that does not take them itself.
+    """
+
+    model: str = "abmil"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fit: BagFitOptions = field(default_factory=BagFitOptions)
+    smoothing: float = 0.0
+    balanced: bool = False
+    survival_loss: Literal["nll", "cox", "ranking"] = "nll"
+    alpha: float = 0.0
+    bins: int = 4
+    bins_from: Literal["train", "cohort"] = "train"
+    late_fusion: LateFusionOptions = field(default_factory=LateFusionOptions)
+
+
+def bag_head(model: str, options: Mapping[str, Any]) -> BagHead:
+    """A model of bags with some options of :class:`BagHead`, nested as there; raises :class:`ConfigError`."""
+    return config.parse(BagHead, {"model": model, **options}, source=model)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FittedBagHead:
+    """A model of bags that has learnt.
+
+    Attributes:
+        head: what it is.
+        network: the model.
+        dim: size of an embedding.
+        outputs: of the model.
+        classes: how many classes; 0 for survival.
+        edges: float64 [bins + 1] of the time bins; empty without any.
+        centroids: float32 [K, D] of the clusters, if the model needs them.
+        scales: float64 [2, n_k], mean and deviation of each group of omics in the training part.
+    """
+
+    head: BagHead
+    network: BagModel
+    dim: int
+    outputs: int
+    classes: int
+    edges: NDArray[np.float64]
+    centroids: NDArray[np.float32] | None
+    scales: tuple[NDArray[np.float64], ...]
+
+    def predict(self, data: UnitData, *, attention: bool = False) -> Prediction:
+        """See :meth:`FittedHead.predict`."""
+        bags = _bags(self.head, data, self.centroids, self.scales)
+        found = predict_bags(self.network, bags, np.arange(len(data)), self.head.fit, attention=attention)
+        logits = torch.from_numpy(found.logits)
+        if self.classes:
+            return Prediction(logits.softmax(1).numpy(), attention=found.attention)
+        binned = len(self.edges) > 0
+        return Prediction(
+            np.zeros((len(data), 0)),
+            losses.risk(logits).numpy(),
+            losses.survival_curve(logits).numpy() if binned else np.zeros((len(data), 0)),
+            self.edges[1:],
+            found.attention,
+        )
+
+    def saved(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """See :meth:`FittedHead.saved`."""
+        arrays = {f"model.{name}": value.detach().cpu().numpy() for name, value in self.network.state_dict().items()}
+        arrays["edges"] = self.edges
+        if self.centroids is not None:
+            arrays["centroids"] = self.centroids
+        arrays |= {f"omics.{k}": scale for k, scale in enumerate(self.scales)}
+        shape = {"dim": self.dim, "outputs": self.outputs, "classes": self.classes}
+        return {"kind": "bag", "head": config.to_dict(self.head), **shape}, arrays
+
+
+def fit_bag_head(head: BagHead, data: UnitData, outcome: Outcome, split: Split, *, seed: int) -> FittedBagHead:
+    """Trains a model of bags on the training part of a split; see :func:`gigatome.evaluation.heads.fit_head`."""
+    scales = tuple(_scale(group[split.train]) for group in data.omics)
+    targets, criterion, outputs, edges = _task(head, outcome, split)
+    network = _network(head, data.reader.dim, outputs, scales, seed)
+    bags, centroids = _bags(head, data, None, scales), None
+    if "clusters" in network.needs:
+        count = model_options(head.model, head.options).clusters
+        centroids = fit_clusters(bags, split.train, count, seed=seed)
+        bags = bags.with_clusters(centroids)
+    val = split.val if len(split.val) else None
+    fit_bags(network, bags, targets, criterion, head.fit, train=split.train, val=val, seed=seed)
+    classes = len(outcome.classes) if isinstance(outcome, ClassOutcome) else 0
+    return FittedBagHead(head, network, data.reader.dim, outputs, classes, edges, centroids, scales)
+
+
+def restore_bag_head(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> FittedBagHead:
+    """The head that :meth:`FittedBagHead.saved` describes; raises :class:`StoreError` for what is none."""
+    try:
+        head = config.parse(BagHead, values["head"], source="saved head")
+        state = {
+            name.removeprefix("model."): torch.from_numpy(np.array(value))
+            for name, value in arrays.items()
+            if name.startswith("model.")
+        }
+        edges, classes = np.array(arrays["edges"], np.float64), int(values["classes"])
+        scales = tuple(np.array(arrays[f"omics.{k}"]) for k in range(sum(name.startswith("omics.") for name in arrays)))
+        dim, outputs = int(values["dim"]), int(values["outputs"])
+        network = _network(head, dim, outputs, scales, 0)
+        network.load_state_dict(state)
+    except (KeyError, RuntimeError, ConfigError) as error:
+        raise StoreError(f"the saved head cannot be restored ({error}); train it again") from error
+    network.eval()
+    return FittedBagHead(head, network, dim, outputs, classes, edges, arrays.get("centroids"), scales)
+
+
+def _network(head: BagHead, dim: int, outputs: int, scales: tuple[NDArray[np.float64], ...], seed: int) -> BagModel:
+    sizes = tuple(scale.shape[1] for scale in scales)
+    if not sizes or hasattr(model_options(head.model, head.options), "omic_sizes"):
+        taken = {"omic_sizes": sizes} if sizes else {}
+        return bag_model(head.model, dim, outputs, {**head.options, **taken}, seed=seed)
+    fusion = replace(head.late_fusion, omic_sizes=sizes)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(torch_seed(seed, "late fusion"))
+        return LateFusion(fusion, bag_model(head.model, dim, fusion.hidden, head.options, seed=seed), outputs)
+
+
+def _task(head: BagHead, outcome: Outcome, split: Split) -> tuple[Targets, Criterion, int, NDArray[np.float64]]:
+    """Targets of all units, loss, outputs and edges of time bins."""
+    if isinstance(outcome, ClassOutcome):
+        count = len(outcome.classes)
+        weights = losses.class_weights(outcome.y[split.train], count) if head.balanced else None
+        criterion = losses.cross_entropy(smoothing=head.smoothing, weights=weights)
+        return Targets(torch.from_numpy(outcome.y)), criterion, count, np.zeros(0)
+    time, event = outcome.time, outcome.event
+    known = torch.from_numpy(time.astype(np.float32)), torch.from_numpy(event)
+    if head.survival_loss != "nll":
+        criterion = losses.cox() if head.survival_loss == "cox" else losses.ranking()
+        return Targets(torch.zeros(len(time), dtype=torch.int64), *known), criterion, 1, np.zeros(0)
+    if not event[split.train].any():
+        raise EvaluationError("no training unit has an event, so there are no time bins; use other splits")
+    whose = split.train if head.bins_from == "train" else np.arange(len(time))
+    bins = losses.time_bins(time[whose], event[whose], head.bins)
+    return Targets(torch.from_numpy(bins.of(time)), *known), losses.survival_nll(head.alpha), head.bins, bins.edges
+
+
+def _bags(
+    head: BagHead, data: UnitData, centroids: NDArray[np.float32] | None, scales: tuple[NDArray[np.float64], ...]
+) -> StoreBags:
+    if len(data.omics) != len(scales):
+        raise EvaluationError(f"the head learnt with {len(scales)} groups of omics and is given {len(data.omics)}")
+    omics = [(group - scale[0]) / scale[1] for group, scale in zip(data.omics, scales, strict=True)]
+    graph = graph_of(model_options(head.model, head.options))
+    return StoreBags(data.reader, data.slides, data.names, omics=omics, centroids=centroids, graph=graph)
+
+
+def _scale(group: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[2, n], mean and deviation of each value; a constant one keeps its scale."""
+    deviation = group.std(0)
+    return np.stack([group.mean(0), np.where(deviation > 0, deviation, 1.0)])

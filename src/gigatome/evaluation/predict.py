@@ -1,0 +1,122 @@
+"""New slides, from pixels or embeddings to predictions."""
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+from gigatome.core.errors import ConfigError, StoreError
+from gigatome.core.logs import Failure, Progress, silent
+from gigatome.embeddings.bags import check_bags
+from gigatome.embeddings.store import EmbeddingStore
+from gigatome.evaluation.protocol import store_cohort
+from gigatome.evaluation.saved import CARD, NewPrediction, SavedModel, load_model
+from gigatome.evaluation.study_run import MODELS
+from gigatome.evaluation.unit_data import UnitData
+from gigatome.slides.cohort import Cohort
+
+
+def predict_slides(
+    run: str | Path,
+    slides: Cohort | EmbeddingStore | str | Path,
+    *,
+    arm: str | None = None,
+    encoder: str | None = None,
+    job: str | Path | None = None,
+    by_patient: bool = False,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> tuple[SavedModel, list[NewPrediction], tuple[Failure, ...]]:
+    """Predicts slides that no head has seen.
+
+    Args:
+        run: folder of a study, or of the heads of one arm.
+        slides: embeddings, or a job directory that holds them; or slides, as :meth:`Cohort.read` takes them.
+        arm: name of the folder of the heads, where the study has several.
+        encoder: what embeds slides, as :func:`gigatome.embed` takes it; with the tiles that the heads learnt from.
+        job: job directory for those embeddings.
+        by_patient: predict patients from all their slides; the default does as the study did.
+        device: where the encoder runs.
+        progress: called as slides are embedded.
+
+    Returns:
+        The heads, their predictions, and the slides that could not be predicted.
+
+    Raises:
+        StoreError: there are no such heads, or no embeddings.
+        ConfigError: slides are given and no encoder, or several arms are there to choose from.
+        EvaluationError: the embeddings are by another encoder, or of other tiles, than those the heads learnt from.
+    """
+    model = load_model(_folder(Path(run), arm))
+    store, cohort, failures = _embedded(model, slides, encoder, job, device, progress)
+    names = [slide.name for slide in cohort if store.path(slide.name).is_file()]
+    unusable = check_bags(store, names)
+    lost = {name: reason for reason, members in unusable.items() for name in members}
+    failures += tuple(Failure(name, "predict", "unusable", reason) for name, reason in lost.items())
+    usable = set(names) - set(lost)
+    members: dict[str, list[str]] = defaultdict(list)
+    together = by_patient or model.card["level"] == "patient"
+    for slide in cohort:
+        if slide.name in usable:
+            members[slide.patient if together else slide.name].append(slide.name)
+    if not members:
+        raise StoreError(f"{store.folder}: no slide has usable embeddings")
+    data = UnitData(store, list(members), list(members.values()))
+    model.check(store, data)
+    return model, model.predict(data), failures
+
+
+def _folder(run: Path, arm: str | None) -> Path:
+    if (run / CARD).is_file():
+        return run
+    found = sorted(path.parent for path in (run / MODELS).glob(f"*/{CARD}"))
+    named = [folder for folder in found if arm in (None, folder.name)]
+    if not found:
+        raise StoreError(f"{run}: holds no heads; gigatome evaluate … -o FOLDER writes them")
+    if len(named) != 1:
+        raise ConfigError(f"{run}: name one of its arms: {', '.join(folder.name for folder in found)}")
+    return named[0]
+
+
+def _embedded(
+    model: SavedModel,
+    slides: Cohort | EmbeddingStore | str | Path,
+    encoder: str | None,
+    job: str | Path | None,
+    device: str,
+    progress: Progress,
+) -> tuple[EmbeddingStore, Cohort, tuple[Failure, ...]]:
+    if isinstance(slides, EmbeddingStore):
+        return slides, store_cohort(slides), ()
+    if not isinstance(slides, Cohort) and _holds_embeddings(Path(slides)):
+        store = _store(Path(slides), model)
+        return store, store_cohort(store), ()
+    made = model.card["encoder"]
+    if encoder is None or job is None:
+        raise ConfigError(
+            f"to embed slides, give the encoder that the heads learnt from ({made['name']}) and a job directory"
+        )
+    from gigatome.embeddings.extract import embed
+
+    tiling = model.card["tiling"]
+    store = embed(
+        slides, encoder=encoder, out=job, device=device, progress=progress,
+        tile_size=int(tiling["patch_size"]), mpp=_mpp(tiling),
+    )  # fmt: skip
+    cohort = Cohort.read(slides) if not isinstance(slides, Cohort) else slides
+    return replace(store, failures=()), cohort, tuple(store.failures)
+
+
+def _holds_embeddings(path: Path) -> bool:
+    return path.is_dir() and (path.name.startswith("features_") or any(path.glob("*/features_*")))
+
+
+def _store(path: Path, model: SavedModel) -> EmbeddingStore:
+    """The embeddings by the card's encoder where there are several, else the only ones."""
+    try:
+        return EmbeddingStore.open(path)
+    except StoreError:
+        return EmbeddingStore.open(path, encoder=model.card["encoder"]["name"])
+
+
+def _mpp(tiling: dict[str, float]) -> float:
+    return tiling["target_mpp"] if "target_mpp" in tiling else 10 / tiling["target_magnification"]

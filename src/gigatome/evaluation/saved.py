@@ -1,0 +1,263 @@
+"""Heads kept for new slides: the heads of all folds, what they were trained on, and what they must be given.
+
+A folder holds ``model.json`` and a ``fold_<k>.safetensors`` for each fold. Together the folds' heads predict a new
+slide as an ensemble: nothing has to be trained again, and the scores of the card are those of its members on patients
+that each of them had not seen.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigatome.blob.store import write_atomic
+from gigatome.core.errors import EvaluationError, StoreError
+from gigatome.core.extras import require
+from gigatome.core.version import __version__
+from gigatome.embeddings.store import EmbeddingStore
+from gigatome.evaluation.crossval import FoldRun
+from gigatome.evaluation.heads import FittedHead, Prediction, restore_head
+from gigatome.evaluation.result import EvaluationResult, plain
+from gigatome.evaluation.survival_result import SurvivalResult
+from gigatome.evaluation.unit_data import UnitData
+from gigatome.evaluation.units import ClassOutcome, Units
+
+CARD = "model.json"
+_TILING = {"patch_size": "px tiles", "target_mpp": "µm per pixel", "target_magnification": "× magnification"}
+_PERCENTILES = np.arange(101)
+
+
+@dataclass(frozen=True)
+class NewPrediction:
+    """What the ensemble says of one slide, or patient.
+
+    Attributes:
+        name: of the slide or patient.
+        label: the class; ``"high risk"`` or ``"low risk"`` of a survival.
+        probabilities: of each class, the mean over the heads; empty for survival.
+        risk: mean over the heads of the share of their training patients with a lower risk, 0 to 1; NaN for classes.
+        spread: standard deviation over the heads of the label's probability, or of ``risk``.
+        distance: of the mean embedding from those of training, root mean square over standardised dimensions.
+        unusual: whether it is further away than any training unit was.
+    """
+
+    name: str
+    label: str
+    probabilities: tuple[float, ...]
+    risk: float
+    spread: float
+    distance: float
+    unusual: bool
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SavedModel:
+    """The heads of all folds.
+
+    Attributes:
+        card: what they are and were trained on: encoder, tiling, target, scores, thresholds, cohort.
+        heads: one a fold.
+        mean: float32 [D], of the training units' mean embeddings.
+        deviation: float32 [D], their standard deviation.
+    """
+
+    card: Mapping[str, Any]
+    heads: tuple[FittedHead, ...]
+    mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels; empty for survival."""
+        return tuple(self.card["classes"])
+
+    def check(self, store: EmbeddingStore, data: UnitData) -> None:
+        """Raises :class:`EvaluationError` if embeddings are of another encoder or tiling than those of training."""
+        made, reader = self.card["encoder"], data.reader
+        if reader.dim != made["dim"] or (reader.weights and made["weights"] and reader.weights != made["weights"]):
+            raise EvaluationError(
+                f"{store.folder}: embeddings of {reader.dim} numbers by {reader.encoder} (weights "
+                f"{reader.weights or 'unknown'}); the head learnt from {made['dim']} by {made['name']} (weights "
+                f"{made['weights'] or 'unknown'}). Embed the slides with that encoder"
+            )
+        if not (reader.weights and made["weights"]) and reader.encoder != made["name"]:
+            raise EvaluationError(
+                f"{store.folder}: embeddings by {reader.encoder}, the head learnt from those by {made['name']}, and no "
+                "hash says that the weights are the same; embed the slides with that encoder"
+            )
+        tiling = _tiling(store, data.reader.names[0])
+        for key, unit in _TILING.items():
+            here, there = tiling.get(key), self.card["tiling"].get(key)
+            if here is not None and there is not None and abs(here - there) > 0.01 * abs(there):
+                raise EvaluationError(
+                    f"{store.folder}: tiles of {here:g} {unit}, the head learnt from {there:g}; embed such tiles"
+                )
+
+    def predict(self, data: UnitData) -> list[NewPrediction]:
+        """What the heads together say of each unit; :meth:`check` comes first.
+
+        Raises:
+            StoreError: a file cannot be read.
+            EvaluationError: embeddings are not finite.
+        """
+        found = [head.predict(data) for head in self.heads]
+        scaled = (data.vectors - self.mean) / self.deviation
+        distance = np.sqrt(np.square(scaled, dtype=np.float64).mean(1))
+        unusual = distance > self.card["cohort"]["greatest_distance"]
+        rows = self._classes(found) if self.classes else self._risks(found)
+        return [
+            NewPrediction(name, *row, distance=float(far), unusual=bool(odd))
+            for name, row, far, odd in zip(data.names, rows, distance, unusual, strict=True)
+        ]
+
+    def _classes(self, found: Sequence[Prediction]) -> list[tuple[str, tuple[float, ...], float, float]]:
+        every = np.stack([prediction.probabilities for prediction in found])  # [folds, N, classes]
+        mean = every.mean(0)
+        threshold = self.card["threshold"]
+        chosen = mean.argmax(1) if threshold is None else (mean[:, 1] >= threshold).astype(np.int64)
+        spread = every.std(0)[np.arange(len(mean)), chosen]
+        return [
+            (self.classes[k], tuple(p.tolist()), float("nan"), float(s))
+            for k, p, s in zip(chosen, mean, spread, strict=True)
+        ]
+
+    def _risks(self, found: Sequence[Prediction]) -> list[tuple[str, tuple[float, ...], float, float]]:
+        scales = [np.array(member["training_risk"]) for member in self.card["members"]]
+        every = np.stack(
+            [
+                np.interp(prediction.risk, *_rising(scale), left=0.0, right=1.0)
+                for prediction, scale in zip(found, scales, strict=True)
+            ]
+        )
+        risk = every.mean(0)
+        return [
+            ("high risk" if r > 0.5 else "low risk", (), float(r), float(s))
+            for r, s in zip(risk, every.std(0), strict=True)
+        ]
+
+
+def save_model(
+    folder: str | Path,
+    units: Units,
+    data: UnitData,
+    runs: Sequence[FoldRun],
+    result: EvaluationResult | SurvivalResult,
+) -> None:
+    """Writes the heads of all folds and their card.
+
+    Args:
+        folder: where to; what was there of an earlier one is replaced.
+        units: that were learnt from.
+        data: their embeddings.
+        runs: of each fold.
+        result: what they scored.
+
+    Raises:
+        StoreError: a file cannot be written.
+    """
+    safetensors = require("safetensors.numpy", "learn", "save heads")
+    folder = Path(folder)
+    members = []
+    for k, run in enumerate(runs):
+        values, arrays = run.fitted.saved()
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_atomic(folder / f"fold_{k}.safetensors", safetensors.save(arrays))
+        members.append(values | {"training_risk": _percentiles(run.training_risk)})
+    mean, deviation = data.vectors.mean(0), data.vectors.std(0)
+    deviation = np.where(deviation > 0, deviation, 1.0).astype(np.float32)
+    write_atomic(folder / "cohort.safetensors", safetensors.save({"mean": mean, "deviation": deviation}))
+    distance = np.sqrt(np.square((data.vectors - mean) / deviation, dtype=np.float64).mean(1))
+    outcome = units.outcome
+    classes = outcome.classes if isinstance(outcome, ClassOutcome) else ()
+    counts = (
+        dict(zip(classes, np.bincount(outcome.y, minlength=len(classes)).tolist(), strict=True))
+        if isinstance(outcome, ClassOutcome)
+        else {"events": int(outcome.event.sum()), "censored": int((~outcome.event).sum())}
+    )
+    card = {
+        "gigatome": __version__,
+        "target": result.target,
+        "level": result.level,
+        "classes": list(classes),
+        "head": result.head,
+        "options": dict(result.options),
+        "encoder": {"name": data.reader.encoder, "weights": data.reader.weights, "dim": data.reader.dim},
+        "tiling": _tiling(data.store, data.reader.names[0]),
+        "threshold": _threshold(result) if isinstance(result, EvaluationResult) and len(classes) == 2 else None,
+        "scores": asdict(result.scores),
+        "split": result.split,
+        "split_hash": result.split_hash,
+        "seed": result.seed,
+        "cohort": {
+            "units": len(units),
+            "patients": len(set(units.patients)),
+            "counts": counts,
+            "greatest_distance": float(distance.max()),
+        },
+        "members": members,
+    }
+    write_atomic(folder / CARD, json.dumps(plain(card), indent=2, ensure_ascii=False) + "\n")
+
+
+def load_model(folder: str | Path) -> SavedModel:
+    """Reads what :func:`save_model` wrote; raises :class:`StoreError` if it is missing or damaged."""
+    safetensors = require("safetensors.numpy", "learn", "load heads")
+    folder = Path(folder)
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        parts = [safetensors.load_file(folder / f"fold_{k}.safetensors") for k in range(len(card["members"]))]
+        cohort = safetensors.load_file(folder / "cohort.safetensors")
+        heads = tuple(restore_head(values, arrays) for values, arrays in zip(card["members"], parts, strict=True))
+        return SavedModel(card, heads, cohort["mean"], cohort["deviation"])
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise StoreError(
+            f"{folder}: holds no saved heads ({error}); gigatome evaluate … -o FOLDER writes them"
+        ) from error
+
+
+def predictions_csv(model: SavedModel, rows: Sequence[NewPrediction]) -> str:
+    """The predictions as a table."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    scores = [f"p_{label}" for label in model.classes] or ["risk"]
+    writer.writerow([model.card["level"], "predicted", *scores, "spread", "distance", "unusual"])
+    for row in rows:
+        values = row.probabilities or (row.risk,)
+        numbers = [f"{value:.6g}" for value in (*values, row.spread, row.distance)]
+        writer.writerow([row.name, row.label, *numbers, int(row.unusual)])
+    return text.getvalue()
+
+
+def _tiling(store: EmbeddingStore, name: str) -> dict[str, float]:
+    attrs = store.attributes(name)
+    return {key: float(attrs[key]) for key in _TILING if key in attrs}
+
+
+def _threshold(result: EvaluationResult) -> float:
+    """Probability of the second class from which on it is predicted: greatest sum of both recalls, out of fold."""
+    rows = result.predictions
+    p, positive = rows.probabilities[:, 1], rows.y == 1
+    values = np.unique(p)
+    above = np.searchsorted(np.sort(p[positive]), values), np.searchsorted(np.sort(p[~positive]), values)
+    balance = (positive.sum() - above[0]) / positive.sum() + above[1] / (~positive).sum()
+    best = np.flatnonzero(balance == balance.max())
+    place = best[len(best) // 2]
+    return float((values[place] + values[place - 1]) / 2) if place else float(values[0])
+
+
+def _percentiles(risk: NDArray[np.float64]) -> list[float]:
+    return np.percentile(risk, _PERCENTILES).tolist() if len(risk) else []
+
+
+def _rising(scale: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Risks, each once, and the middle share of the training units with a lower one."""
+    values, place = np.unique(scale, return_inverse=True)
+    share = np.bincount(place, _PERCENTILES / 100) / np.bincount(place)
+    return values, share

@@ -1,0 +1,1 @@
+"""Slide-level models on bags of embeddings, and the loop that trains them."""

@@ -1,0 +1,297 @@
+"""Slide-level models by name, on disk, and with weights that their authors trained."""
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gigatome import config as configuration
+from gigatome.blob.store import atomic_path, write_atomic
+from gigatome.core.errors import ConfigError, RunError, StoreError
+from gigatome.core.seeding import torch_seed
+from gigatome.encoders.weights import load_weights
+from gigatome.mil.model import BagModel
+from gigatome.mil.source import Graph
+
+_VARIANT, _FUSION = "variant", "late_fusion"
+_WEIGHTS, _CARD = "model.safetensors", "model.json"
+_PARTS = ("state_dict", "model_state_dict", "model")
+_NOT_WEIGHTS = ("instance_loss_fn.",)  # CLAM's files hold the labels of its instance loss
+
+
+@final
+@dataclass(frozen=True)
+class ModelKind:
+    """Where a model is found, which is imported when it is asked for.
+
+    Attributes:
+        module: of :mod:`gigatome.mil`.
+        model: name of its class.
+        options: name of the class of its options.
+        start: options that this name sets.
+    """
+
+    module: str
+    model: str
+    options: str
+    start: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> tuple[type[Any], type[BagModel]]:
+        """The class of the options and that of the model."""
+        module = importlib.import_module(f"gigatome.mil.{self.module}")
+        return getattr(module, self.options), getattr(module, self.model)
+
+
+MODELS: Mapping[str, ModelKind] = MappingProxyType(
+    {
+        "mean": ModelKind("pooling", "MeanPool", "MeanOptions"),
+        "max": ModelKind("pooling", "MaxPool", "MaxOptions"),
+        "deep_sets": ModelKind("pooling", "DeepSets", "DeepSetsOptions"),
+        "abmil": ModelKind("abmil", "Abmil", "AbmilOptions"),
+        "abmil_gated": ModelKind("abmil", "Abmil", "AbmilOptions", {"gated": True}),
+        "clam_sb": ModelKind("clam", "Clam", "ClamOptions"),
+        "clam_mb": ModelKind("clam", "Clam", "ClamOptions", {"multi_branch": True}),
+        "ds_mil": ModelKind("ds_mil", "DsMil", "DsMilOptions"),
+        "deep_attn_misl": ModelKind("deep_attn_misl", "DeepAttnMisl", "DeepAttnMislOptions"),
+        "varmil": ModelKind("varmil", "VarMil", "VarMilOptions"),
+        "transmil": ModelKind("transmil", "TransMil", "TransMilOptions"),
+        "deep_graph_conv": ModelKind("graph", "DeepGraphConv", "DeepGraphConvOptions"),
+        "patch_gcn": ModelKind("graph", "PatchGcn", "PatchGcnOptions"),
+        "mcat": ModelKind("mcat", "Mcat", "McatOptions"),
+        "hipt_lgp_fc": ModelKind("regions", "HiptLgpFc", "HiptOptions"),
+        "hipt_none_fc": ModelKind("regions", "HiptNoneFc", "HiptNoneOptions"),
+        "hipt_gp_fc": ModelKind("regions", "HiptGpFc", "HiptOptions"),
+        "region_transformer": ModelKind("regions", "RegionTransformer", "RegionTransformerOptions"),
+    }
+)
+"""The slide-level models by name."""
+
+
+@final
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that decides the shape of a model.
+
+    Attributes:
+        name: in :data:`MODELS`.
+        dim: size of an embedding.
+        outputs: logits of a bag.
+        options: every option of the model, as :func:`model_spec` gives them.
+        late_fusion: options of :class:`~gigatome.mil.mcat.LateFusion` with omics; None without.
+    """
+
+    name: str
+    dim: int
+    outputs: int
+    options: Mapping[str, Any]
+    late_fusion: Mapping[str, Any] | None = None
+
+
+def model_spec(name: str, dim: int, outputs: int, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
+    """The whole description of a model.
+
+    Args:
+        name: in :data:`MODELS`.
+        dim: size of an embedding.
+        outputs: logits of a bag.
+        overrides: of options; ``variant`` names a published variant, such as ``"hipt"``, to start from, and
+            ``late_fusion`` holds options of :class:`~gigatome.mil.mcat.LateFusion`, to add omics to the model.
+
+    Raises:
+        ConfigError: there is no such model, variant or option, or a value is not allowed.
+    """
+    if dim < 1 or outputs < 1:
+        raise ConfigError(f"head {name}: dim and outputs are at least 1, not {dim} and {outputs}")
+    given = dict(overrides)
+    fusion = given.pop(_FUSION, None)
+    if fusion is not None:
+        fusion = configuration.to_dict(_fusion_options(name, fusion))
+    return ModelSpec(name, dim, outputs, configuration.to_dict(model_options(name, given)), fusion)
+
+
+def model_options(name: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The options of a model, a dataclass; as :func:`model_spec`."""
+    kind = _kind(name)
+    options, _ = kind.load()
+    given = dict(overrides)
+    variant = given.pop(_VARIANT, None)
+    start = kind.start
+    if variant is not None:
+        variants = _variants(options)
+        if variant not in variants:
+            known = f"there are {', '.join(variants)}" if variants else "it has none"
+            raise ConfigError(f"head {name}: there is no variant {variant}; {known}")
+        start = {**configuration.to_dict(getattr(options, variant)()), **start}
+    return configuration.parse(options, {**start, **given}, source=f"head {name}")
+
+
+def bag_model(
+    name: str, dim: int, outputs: int, overrides: Mapping[str, Any] = MappingProxyType({}), *, seed: int = 0
+) -> BagModel:
+    """A model with random initial weights, on the CPU.
+
+    Args:
+        name: in :data:`MODELS`.
+        dim: size of an embedding.
+        outputs: logits of a bag.
+        overrides: of options, as of :func:`model_spec`.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: as of :func:`model_spec`.
+    """
+    return build(model_spec(name, dim, outputs, overrides), seed=seed)
+
+
+def build(spec: ModelSpec, *, seed: int = 0) -> BagModel:
+    """The model that ``spec`` describes, as of :func:`bag_model`."""
+    options, model = _kind(spec.name).load()
+    made: Any = model  # whose class all share, but not the signature
+    parsed = configuration.parse(options, spec.options, source=f"head {spec.name}")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(torch_seed(seed, "mil", "weights"))
+        if spec.late_fusion is None:
+            return made(parsed, spec.dim, spec.outputs)
+        fusion = _fusion_options(spec.name, spec.late_fusion)
+        return _mcat().LateFusion(fusion, made(parsed, spec.dim, fusion.hidden), spec.outputs)
+
+
+def graph_of(options: Any) -> Graph | None:
+    """The graph that a model with these options wants of its source; None if it wants none."""
+    if not (hasattr(options, "graph") and hasattr(options, "neighbours")):
+        return None
+    return Graph(options.graph, options.neighbours)
+
+
+def save_model(folder: str | Path, model: BagModel, spec: ModelSpec) -> None:
+    """Writes ``model.safetensors`` and ``model.json``.
+
+    Args:
+        folder: made if needed.
+        model: what to write.
+        spec: that it was built of.
+    """
+    folder = Path(folder)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with atomic_path(folder / _WEIGHTS) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    card = {part.name: getattr(spec, part.name) for part in fields(spec)}
+    card = {**configuration.to_dict(card), "digest": _digest(state)}
+    write_atomic(folder / _CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_model(folder: str | Path) -> tuple[BagModel, ModelSpec]:
+    """What :func:`save_model` wrote, in evaluation mode, on the CPU.
+
+    Raises:
+        RunError: the folder holds no such model, or parts of two.
+    """
+    folder = Path(folder)
+    try:
+        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+        digest = card.pop("digest")
+        spec = configuration.parse(ModelSpec, card, source=str(folder / _CARD))
+        state = load_file(folder / _WEIGHTS)
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError, ConfigError) as error:
+        raise RunError(f"{folder}: cannot be read as a slide-level model: {error}") from error
+    if _digest(state) != digest:
+        raise RunError(f"{folder}: {_WEIGHTS} and {_CARD} do not belong together; write the model again")
+    # the file of weights that a model started from need not be there any more: all of them are in the state
+    options = {**spec.options, **({"weights": None} if "weights" in spec.options else {})}
+    model = build(replace(spec, options=options))
+    load_weights(model, state, source=str(folder / _WEIGHTS))
+    return model.eval(), spec
+
+
+def load_authors(path: str | Path, model: BagModel) -> None:
+    """Puts the weights of an author's checkpoint into a model of the same shape.
+
+    The file is read without running any code in it. ``module.`` is stripped wherever ``DataParallel`` put it, as is
+    ``model.`` where it stands before every key; keys that are not weights are passed over.
+
+    Args:
+        path: ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors``.
+        model: of the variant that the authors trained.
+
+    Raises:
+        StoreError: there is no such file, or it cannot be read or holds more than weights.
+        RunError: its weights do not fit the model; the message names keys.
+    """
+    state = authors_state(path)
+    load_weights(model, state, source=str(path))
+
+
+def authors_state(path: str | Path) -> dict[str, Tensor]:
+    """The weights of an author's checkpoint with our keys, as :func:`load_authors` reads them."""
+    path = Path(path)
+    if not path.is_file():
+        raise StoreError(f"{path}: there is no such file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on bytes that are no weights, the unpickler stumbles in many ways
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StoreError(f"{path}: cannot be read as weights: {reason}") from error
+    while isinstance(content, Mapping):
+        part = next((part for part in _PARTS if isinstance(content.get(part), Mapping)), None)
+        if part is None:
+            break
+        content = content[part]
+    if not isinstance(content, Mapping):
+        raise RunError(f"{path}: holds no weights but a {type(content).__name__}")
+    state = {
+        ".".join(part for part in key.split(".") if part != "module"): value
+        for key, value in content.items()
+        if isinstance(value, Tensor) and not key.startswith(_NOT_WEIGHTS)
+    }
+    if not state:
+        raise RunError(f"{path}: holds no weights")
+    if all(key.startswith("model.") for key in state):
+        state = {key.removeprefix("model."): value for key, value in state.items()}
+    return state
+
+
+def _kind(name: str) -> ModelKind:
+    if name not in MODELS:
+        raise ConfigError(f"there is no slide-level model {name}; there are {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def _mcat() -> Any:
+    return importlib.import_module("gigatome.mil.mcat")
+
+
+def _fusion_options(name: str, values: Mapping[str, Any]) -> Any:
+    return configuration.parse(_mcat().LateFusionOptions, values, source=f"head {name}, {_FUSION}")
+
+
+def _variants(options: type[Any]) -> list[str]:
+    """Names of the class methods that need no argument."""
+    found = []
+    for name, value in vars(options).items():
+        if isinstance(value, classmethod) and not name.startswith("_"):
+            parameters = inspect.signature(getattr(options, name)).parameters.values()
+            if all(parameter.default is not parameter.empty for parameter in parameters):
+                found.append(name)
+    return found
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Hash of a state dict: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
