@@ -58,6 +58,29 @@ def test_a_band_over_patients_knows_that_copies_add_nothing():
     assert width[2] < 0.6 * width[1]
 
 
+def test_few_distinct_probabilities_each_have_a_bin():
+    y, p = right(4, 20_000)
+    patients = [str(k) for k in range(20_000)]
+    found = reliability(y, p, patients=patients)
+    assert len(found.predicted) == 10
+    assert np.mean((found.low <= found.predicted) & (found.predicted <= found.high)) >= 0.8
+    assert expected_calibration_error(y, p) < 0.015
+    sure = np.where(p > 0.5, 0.99, 0.01)
+    found = reliability(y, sure, patients=patients)
+    np.testing.assert_allclose(found.predicted, [0.01, 0.99])
+    np.testing.assert_allclose(found.observed, [0.25, 0.75], atol=0.02)
+    assert expected_calibration_error(y, sure) == pytest.approx(0.24, abs=0.02)
+    lopsided = reliability([0, 0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1, 0.9])
+    assert (lopsided.n.tolist(), lopsided.observed.tolist()) == ([4, 1], [0, 1])
+
+
+def test_a_bin_in_which_resamples_do_not_vary_counts_patients():
+    found = reliability([1] * 8, [0.6] * 8, patients=["a", "b"] * 4)
+    z = 1.959963984540054  # Wilson's with two patients, not eight slides
+    assert (found.n.tolist(), found.observed.tolist()) == ([8], [1.0])
+    assert (found.low[0], found.high[0]) == (pytest.approx(1 / (1 + z * z / 2)), pytest.approx(1))
+
+
 def test_wilson_by_hand():
     """8 of 10: the interval of the textbooks is .490 to .943."""
     found = reliability([1] * 8 + [0] * 2, [0.5] * 10)
@@ -79,6 +102,30 @@ def test_right_probabilities_are_found_right_as_often_as_it_says():
         found = calibration(*right(seed, 200))
         hits += [found.slope_ci[0] <= 1 <= found.slope_ci[1], found.intercept_ci[0] <= 0 <= found.intercept_ci[1]]
     assert (hits >= 275).all()
+    assert (hits <= 297).all()
+
+
+def test_copies_of_a_patients_slides_make_a_slope_no_surer():
+    y, p = right(5, 300)
+    patients = [f"p{i}" for i in range(300)]
+    once = calibration(y, p, patients=patients)
+    copies = calibration(np.tile(y, 4), np.tile(p, 4), patients=patients * 4)
+    np.testing.assert_allclose(copies.slope_ci, once.slope_ci, rtol=1e-6)
+    np.testing.assert_allclose(copies.intercept_ci, once.intercept_ci, rtol=1e-6)
+    alone = calibration(y, p)
+    assert np.ptp(once.slope_ci) == pytest.approx(np.ptp(alone.slope_ci), rel=0.15)
+    assert np.ptp(calibration(np.tile(y, 4), np.tile(p, 4)).slope_ci) == pytest.approx(np.ptp(alone.slope_ci) / 2)
+
+
+def test_slopes_of_patients_slides_hold_the_truth_as_often_as_they_say():
+    """Four slides of a patient share an outcome and nearly a probability."""
+    hits = np.zeros(2)
+    for seed in range(300):
+        y, p = right(seed, 150)
+        patients = np.repeat(np.arange(150), 4).astype(str).tolist()
+        found = calibration(np.repeat(y, 4), np.repeat(p, 4), patients=patients)
+        hits += [found.slope_ci[0] <= 1 <= found.slope_ci[1], found.intercept_ci[0] <= 0 <= found.intercept_ci[1]]
+    assert (hits >= 270).all()
     assert (hits <= 297).all()
 
 

@@ -1,7 +1,5 @@
 """Folds: no patient on both sides, classes evenly spread, and clear words where that cannot be."""
 
-import csv
-import logging
 from collections import Counter
 
 import numpy as np
@@ -17,8 +15,6 @@ from gigatome.evaluation.folds import (
     folds_digest,
     leave_one_out,
     patient_folds,
-    read_folds,
-    write_folds,
 )
 
 
@@ -133,52 +129,6 @@ def test_leave_one_patient_out():
     folds = leave_one_out(patients, labels)
     check_folds(folds, patients, labels)
     assert [test.tolist() for _, test in folds] == [[1], [0, 2], [3], [4]]
-
-
-def test_table_of_folds_is_that_of_patho_bench(tmp_path):
-    names, patients, labels = [f"s{i}" for i in range(8)], [f"p{i // 2}" for i in range(8)], list("aabbaabb")
-    folds = patient_folds(patients, labels, 2, 0)
-    write_folds(tmp_path / "k=all.tsv", names, patients, labels, folds, target="subtype")
-    rows = list(csv.DictReader((tmp_path / "k=all.tsv").open(), delimiter="\t"))
-    assert list(rows[0]) == ["case_id", "slide_id", "subtype", "fold_0", "fold_1"]
-    assert {row["fold_0"] for row in rows} == {"train", "test"}
-    again = read_folds(tmp_path / "k=all.tsv", names, patients)
-    assert folds_digest(names, again) == folds_digest(names, folds)
-
-
-def table(tmp_path, text):
-    path = tmp_path / "folds.tsv"
-    path.write_text(text)
-    return path
-
-
-def test_reading_folds_leaves_out_validation_and_unknown_slides(tmp_path, caplog):
-    path = table(tmp_path, "case_id\tslide_id\tfold_0\np\ts0\ttrain\nq\ts1\ttest\nr\ts2\tval\nz\tgone\ttrain\n")
-    with caplog.at_level(logging.WARNING, "gigatome"):
-        ((train, test),) = read_folds(path, ["s0", "s1", "s2", "new"], ["p", "q", "r", "n"])
-    assert (train.tolist(), test.tolist()) == ([0], [1])
-    assert "does not have 1 of 4 slides" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("case_id\tslide_id\tfold_0\np\ts0\ttrain\np\ts1\ttest\n", "has patient p in both train and test"),
-        ("case_id\tslide_id\tfold_0\np\ts0\ttrain\nq\ts1\ttrain\n", "fold_0 has no test slide"),
-        ("case_id\tslide_id\tfold_0\np\ts0\ttrain\nq\ts1\tTEST\n", "'TEST', not train, val or test"),
-        ("slide_id\tlabel\ns0\ta\n", "is no table of folds"),
-        ("case_id\tfold_0\np\ttrain\n", "is no table of folds"),
-        ("", "is no table of folds"),
-    ],
-)
-def test_tables_of_folds_that_do_not_do(tmp_path, text, message):
-    with pytest.raises(EvaluationError, match=message):
-        read_folds(table(tmp_path, text), ["s0", "s1"], ["p", "p" if "p\ts1" in text else "q"])
-
-
-def test_no_table_of_folds(tmp_path):
-    with pytest.raises(EvaluationError, match="cannot be read"):
-        read_folds(tmp_path / "none.tsv", ["s"], ["p"])
 
 
 @given(st.lists(st.sampled_from("aaabbc"), min_size=1, max_size=60), st.data(), st.booleans())

@@ -1,12 +1,12 @@
-"""Omics of patients: six groups of genes, scaled by the training part."""
+"""Omics of patients: six groups of genes."""
 
 import zipfile
 
 import numpy as np
 import pytest
 
-from gigatome.core.errors import CohortError, EvaluationError
-from gigatome.evaluation.omics import GROUPS, OmicScaler, read_omics
+from gigatome.core.errors import CohortError
+from gigatome.evaluation.omics import GROUPS, read_omics
 
 SIGNATURES = (
     "Tumor Suppressor Genes,Oncogenes,Protein Kinases,Cell Differentiation Markers,Transcription Factors,"
@@ -53,37 +53,3 @@ def test_tables_that_do_not_fit(tmp_path):
         read_omics(*files(tmp_path, "0,s", header=",slide_id"))
     with pytest.raises(CohortError, match="no column of a gene of B, such as XYZ_mut"):
         read_omics(*files(tmp_path, "0,p0,s0,3,10,1,1,-2,4,2,9", signatures="A,B\nTP53,XYZ\n"))
-
-
-def make(count=30):
-    rng = np.random.default_rng(0)
-    return {
-        f"p{i}": (rng.normal(5, 3, 4).astype(np.float32), np.append(rng.normal(-2, 0.1, 2), 7).astype(np.float32))
-        for i in range(count)
-    }
-
-
-def test_the_scaler_knows_the_training_part_only():
-    omics = make()
-    train = [f"p{i}" for i in range(20)]
-    scaler = OmicScaler.fit(omics, [*train, "p0", "p0"])  # a patient counts once
-    first, second = scaler(omics, train)
-    assert first.shape == (20, 4)
-    assert first.dtype == np.float32
-    assert np.allclose(first.mean(0), 0, atol=1e-5)
-    assert np.allclose(first.std(0), 1, atol=1e-5)
-    assert (second[:, 2] == 0).all()  # a column that does not vary is 0, not NaN
-    changed = {**omics, "p25": (np.full(4, 1e6, np.float32), np.full(3, 1e6, np.float32))}
-    again = OmicScaler.fit(changed, train)
-    assert all(np.array_equal(a, b) for a, b in zip(scaler.mean, again.mean, strict=True))
-
-
-def test_the_scaler_refuses_what_it_cannot_scale():
-    omics = make(3)
-    scaler = OmicScaler.fit(omics, ["p0", "p1"])
-    with pytest.raises(EvaluationError, match="patient p9 has no omics"):
-        scaler(omics, ["p0", "p9"])
-    with pytest.raises(EvaluationError, match="without a training patient"):
-        OmicScaler.fit(omics, [])
-    with pytest.raises(EvaluationError, match="omics of p2 have other columns"):
-        scaler({**omics, "p2": (omics["p2"][0][:3], omics["p2"][1])}, ["p2"])

@@ -13,7 +13,6 @@ from gigatome.embeddings.store import Bag, EmbeddingStore, write_bag
 from gigatome.evaluation import protocol
 from gigatome.evaluation.probes import Knn
 from gigatome.evaluation.result import compare
-from gigatome.evaluation.splits import write_folds
 from gigatome.slides.cohort import Cohort, CohortSlide
 
 DIM = 6
@@ -154,29 +153,37 @@ def test_leave_one_patient_out(tmp_path):
     assert result.to_dict()["fold_auroc"] == {"mean": None, "sd": None}
 
 
+def write_split(path, names, patients, train, test):
+    """A split in Patho-Bench's form."""
+    side = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
+    rows = [f"{patients[i]}\t{name}\t{side.get(i, '')}" for i, name in enumerate(names)]
+    path.write_text("\n".join(["case_id\tslide_id\tfold_0", *rows]))
+
+
 def test_folds_from_a_table(tmp_path):
     store, cohort = two_classes(tmp_path, shift=5, patients=12)
     names, patients = [s.name for s in cohort], [s.patient for s in cohort]
     test = np.flatnonzero([p in ("p00", "p01", "p02", "p03") for p in patients])
     train = np.flatnonzero([p > "p05" for p in patients])  # p04 and p05 are in neither
-    labels = [s.labels["subtype"] for s in cohort]
-    write_folds(tmp_path / "folds.tsv", names, patients, labels, [(train, test)], target="subtype")
+    write_split(tmp_path / "folds.tsv", names, patients, train, test)
     result = evaluate(store, cohort, target="subtype", folds=tmp_path / "folds.tsv")
     assert (result.n_slides, result.n_patients, len(result.folds)) == (8, 4, 1)
-    assert result.split == "1 folds of folds.tsv"
+    assert result.split == "1 split of folds.tsv"
 
 
 def test_folds_from_a_table_must_allow_learning(tmp_path):
     store, cohort = two_classes(tmp_path, shift=5, patients=12)
     names, patients = [s.name for s in cohort], [s.patient for s in cohort]
     labels = [s.labels["subtype"] for s in cohort]
-    parts = [(np.flatnonzero([label == "a" for label in labels]), np.flatnonzero([label == "b" for label in labels]))]
-    write_folds(tmp_path / "folds.tsv", names, patients, labels, parts, target="subtype")
-    with pytest.raises(EvaluationError, match="fold_0 has no training slide of class b"):
+    train, test = (np.flatnonzero([label == kind for label in labels]) for kind in "ab")
+    write_split(tmp_path / "folds.tsv", names, patients, train, test)
+    with pytest.raises(EvaluationError, match="fold 0 leaves no b to learn from"):
         evaluate(store, cohort, target="subtype", folds=tmp_path / "folds.tsv")
-    few = [(np.arange(4, 24), np.array([0, 1]))]
-    write_folds(tmp_path / "few.tsv", names, patients, labels, few, target="subtype")
-    with pytest.raises(EvaluationError, match="no fold tests class b"):
+    write_split(tmp_path / "few.tsv", names, patients, np.r_[4, 6:24], np.array([0, 1, 5]))
+    with pytest.raises(EvaluationError, match="p02"):
+        evaluate(store, cohort, target="subtype", folds=tmp_path / "few.tsv")
+    write_split(tmp_path / "few.tsv", names, patients, np.arange(8, 24), np.array([0, 1, 4, 5]))
+    with pytest.raises(EvaluationError, match="all folds together have no b to test"):
         evaluate(store, cohort, target="subtype", folds=tmp_path / "few.tsv")
 
 
@@ -234,7 +241,8 @@ def test_slides_without_label_or_embeddings_are_counted_and_left_out(tmp_path, c
         assert result.unlabelled == 10
         assert result.without_embeddings == ("empty", "nan", "new")
         assert result.classes == ("a", "b")
-        assert "3 labelled slides have no usable embeddings and are left out: empty, nan, new" in caplog.text
+        for told in ("no tiles: empty", "embeddings that are not finite: nan", "no embeddings: new"):
+            assert f"cohort: 1 are left out, {told}" in caplog.text
 
 
 def test_labels_from_a_table_that_does_not_know_where_the_slides_lie(tmp_path):
@@ -273,7 +281,7 @@ def test_a_class_with_one_patient(tmp_path):
     labels = ["rare" if s.patient == "p03" else s.labels["subtype"] for s in cohort]
     rare = make_cohort([s.patient for s in cohort], labels)
     for folds in (3, "patient"):
-        with pytest.raises(EvaluationError, match="class rare has 1"):
+        with pytest.raises(EvaluationError, match="class rare is in one patient only"):
             evaluate(store, rare, target="subtype", folds=folds)
 
 
@@ -286,14 +294,14 @@ def test_fewer_patients_than_folds(tmp_path):
 def test_no_slide_in_common(tmp_path):
     store, _ = two_classes(tmp_path, shift=5, patients=8)
     strangers = Cohort(tuple(CohortSlide(f"{n}.svs", n, n, None, {"subtype": n}) for n in "xyz"), "others")
-    with pytest.raises(EvaluationError, match=r"none of the 3 slides with a subtype .* are their names the same\?"):
+    with pytest.raises(EvaluationError, match=r"3: no embeddings.* are the names the same\?"):
         evaluate(store, strangers, target="subtype")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "abmil"}, "there is no head abmil"),
+        ({"head": "abmill"}, "there is no head abmill"),
         ({"level": "region"}, "there is no level region"),
         ({"level": "tile", "tiles_per_slide": 0}, "tiles_per_slide must be at least 1"),
         ({"folds": 1}, "at least 2 folds"),
@@ -301,7 +309,7 @@ def test_no_slide_in_common(tmp_path):
     ],
 )
 def test_options_that_do_not_do(tmp_path, options, message):
-    store, cohort = two_classes(tmp_path, shift=5, patients=8)
+    store, cohort = two_classes(tmp_path, shift=5, patients=12)
     with pytest.raises(EvaluationError, match=message):
         evaluate(store, cohort, target="subtype", **options)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gigatome.evaluation import metrics
+from gigatome.evaluation.calibration import reliability
 from gigatome.evaluation.canvas import MUTED
 from gigatome.evaluation.curves import (
     CurveBand,
@@ -14,7 +15,6 @@ from gigatome.evaluation.curves import (
     curve_band,
     learning_curves,
     patient_weights,
-    reliability,
 )
 from gigatome.evaluation.report import Chart
 from gigatome.evaluation.study import FewShot
@@ -59,7 +59,14 @@ def all_panels(label="a"):
     return [
         dots_panel("title", [Dot(label, 0.8, 0.7, 0.9, STYLE, (0.75, NAN, 0.85), 0.78)], line=0.5),
         curve_panel("title", [Line(label, band, STYLE, "0.9")], axes_names=("x", "y"), baseline=None, heading="area"),
-        calibration_panel(label, reliability(y == 1, p[:, 1], patients), STYLE, axes_names=("x", "y")),
+        calibration_panel(
+            label,
+            reliability(y == 1, p[:, 1], patients=patients),
+            STYLE,
+            shares=np.full(20, 0.05),
+            error=0.1,
+            axes_names=("x", "y"),
+        ),
         confusion_panel(label, confusion(y, p), ("no", label), STYLE),
         survival_panel(label, [Group("high", curve, STYLE)], unit="months", note="p = 0.010"),
         learning_panel("title", [(learning_curves(points)[0], STYLE)], axis="training slides", chance=0.5),
@@ -203,32 +210,6 @@ def test_one_class_has_no_curve_and_few_patients_no_band():
     assert np.isfinite(lone.area)
     none = curve_band("roc", y, p, ["one"] * 50, positive=1, seed=0, resamples=200)
     assert none.area_ci[0] == none.area_ci[1] == pytest.approx(none.area)  # nothing to resample
-
-
-def test_reliability_of_known_probabilities():
-    rng = np.random.default_rng(0)
-    probability = rng.random(20_000)
-    outcome = rng.random(20_000) < probability
-    patients = [str(k) for k in range(20_000)]
-    good = reliability(outcome, probability, patients)
-    assert len(good.predicted) == 10
-    assert good.counts.sum() == 20_000
-    assert good.error < 0.015
-    assert np.mean((good.low <= good.predicted) & (good.predicted <= good.high)) >= 0.8
-    sure = reliability(outcome, np.where(probability > 0.5, 0.99, 0.01), patients)
-    assert sure.error == pytest.approx(0.24, abs=0.02)
-    assert len(sure.predicted) == 2  # equal probabilities stay together
-    assert good.shares.sum() == pytest.approx(1)
-
-
-def test_reliability_by_hand_and_with_few_patients():
-    outcome = np.array([True, False, True, True])
-    found = reliability(outcome, np.full(4, 0.6), ["a", "a", "b", "b"])
-    assert (found.predicted.tolist(), found.observed.tolist()) == ([pytest.approx(0.6)], [0.75])
-    assert found.error == pytest.approx(0.15)
-    z = 1.959963984540054  # Wilson with two patients, not four slides
-    centre, half = (0.75 + z * z / 4) / (1 + z * z / 2), z * np.sqrt(0.1875 / 2 + z * z / 16) / (1 + z * z / 2)
-    assert (found.low[0], found.high[0]) == (pytest.approx(centre - half), pytest.approx(centre + half))
 
 
 def test_learning_curves_gather_repetitions():

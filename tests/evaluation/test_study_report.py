@@ -16,15 +16,15 @@ from made_studies import class_result, class_study, survival_result, survival_st
 
 from gigatome.core.errors import EvaluationError
 from gigatome.evaluation import metrics
+from gigatome.evaluation.calibration import calibration
 from gigatome.evaluation.canvas import safe_svg
+from gigatome.evaluation.result import plain
 from gigatome.evaluation.study import Arm, AttendedTile, Study
 from gigatome.evaluation.study_files import (
     file_names,
     headline,
     interval,
-    jsonable,
     p_value,
-    predictions_csv,
     spelt,
     spread,
 )
@@ -184,9 +184,36 @@ def test_predictions_give_the_scores_again(written):
 )
 def test_predictions_name_what_was_predicted(level, head):
     result = class_result(1, n=60, folds=3, level=level)
-    first, second = predictions_csv(result).splitlines()[:2]
+    first, second = result.predictions_csv().splitlines()[:2]
     assert first == f"{head},subtype,predicted,p_IDC,p_ILC"
     assert second.split(",")[head.split(",").index("patient")] == "TCGA-0000"
+
+
+def test_survival_predictions_have_the_bins_of_their_fold():
+    result = survival_result(0.8, n=10, folds=2)
+    rows = result.predictions
+    survival = np.tile([0.75, 0.5], (10, 1))
+    edges = np.where(rows.folds[:, None] == 0, [12.0, 30.0], [9.5, 24.0])
+    result = dataclasses.replace(result, predictions=dataclasses.replace(rows, survival=survival, edges=edges))
+    table = list(csv.DictReader(result.predictions_csv().splitlines()))
+    assert list(table[0])[-5:] == ["group", "end_0", "survival_0", "end_1", "survival_1"]
+    assert [row["end_1"] for row in table[:3]] == ["30", "24", "30"]
+    assert {(row["survival_0"], row["survival_1"]) for row in table} == {("0.75", "0.5")}
+
+
+def test_calibration_is_told_with_its_slope(written, tmp_path):
+    rows = class_study().arms[0].result.predictions
+    found = calibration(rows.y == 1, rows.probabilities[:, 1], patients=rows.patients)
+    ends = "{:.2f} to {:.2f}".format(*found.slope_ci)
+    assert f"Slope {found.slope:.2f} ({ends}), intercept" in page_of(written).replace("−", "-")
+    result = class_result(1, n=60, folds=3)
+    sure = np.where(result.predictions.y[:, None] == [0, 1], 0.9, 0.1)
+    apart = dataclasses.replace(result.predictions, probabilities=sure)
+    one = dataclasses.replace(apart, y=np.zeros_like(apart.y))
+    for name, predictions, told in (("apart", apart, True), ("one", one, False)):
+        write_study(Study("t", (Arm("a", dataclasses.replace(result, predictions=predictions)),)), tmp_path / name)
+        assert ("No slope, as the classes are perfectly separated" in page_of(tmp_path / name)) == told
+        assert not any("nan" in words for words in re.findall("<figcaption.*?</figcaption>", page_of(tmp_path / name)))
 
 
 def test_tiles_are_called_tiles_and_slides_are_scored_by_them(tmp_path):
@@ -232,8 +259,7 @@ def test_patients_tested_repeatedly_count_once_in_a_survival_curve(tmp_path):
     twice = SurvivalPredictions(
         *(rows.names * 2, rows.patients * 2),
         *(np.tile(getattr(rows, name), 2) for name in ("folds", "time", "event", "risk", "high")),
-        np.zeros((120, 0)),
-        rows.edges,
+        *[np.zeros((120, 0))] * 2,
     )
     pages = []
     for name, predictions in (("once", rows), ("twice", twice)):
@@ -331,7 +357,7 @@ def test_words_of_numbers():
     assert interval((-0.02, 0.1), plus=True).replace("\N{NO-BREAK SPACE}", " ") == "−0.020 to +0.100"
     assert [p_value(p) for p in (0.2, 0.00099, NAN)] == ["0.200", "<\N{NO-BREAK SPACE}0.001", "–"]
     assert [spelt(v) for v in (True, None, 2e-4, [1, 2], {}, "x")] == ["yes", "–", "0.0002", "1, 2", "–", "x"]
-    assert jsonable({"a": np.float32(0.5), 1: float("inf"), "b": {2, 1}, "c": np.arange(2)}) == {
+    assert plain({"a": np.float32(0.5), 1: float("inf"), "b": {2, 1}, "c": np.arange(2)}) == {
         "a": 0.5, "1": None, "b": [1, 2], "c": [0, 1]
     }  # fmt: skip
 

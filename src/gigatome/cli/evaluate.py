@@ -17,7 +17,7 @@ from gigatome.cli.progress import progress_bar
 if TYPE_CHECKING:
     from gigatome.evaluation.result import EvaluationResult, Scores
     from gigatome.evaluation.study import Study
-    from gigatome.evaluation.study_run import StudyOptions
+    from gigatome.evaluation.study_options import StudyOptions
     from gigatome.evaluation.survival_result import SurvivalResult
 
 
@@ -128,7 +128,7 @@ def _run(options: "StudyOptions", out: Path | None, console: Console, as_json: b
 
 def _from_file(stores: Sequence[Path], assignments: list[str]) -> "StudyOptions":
     from gigatome import config
-    from gigatome.evaluation.study_run import StudyOptions
+    from gigatome.evaluation.study_options import StudyOptions
 
     if len(stores) > 1:
         raise typer.BadParameter("a study's file names all embeddings itself", param_hint="STORES")
@@ -137,7 +137,7 @@ def _from_file(stores: Sequence[Path], assignments: list[str]) -> "StudyOptions"
 
 def _parsed(values: dict[str, Any], assignments: list[str]) -> "StudyOptions":
     from gigatome import config
-    from gigatome.evaluation.study_run import StudyOptions
+    from gigatome.evaluation.study_options import StudyOptions
 
     for assignment in assignments:
         config.assign(values, assignment)

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from gigatome import config
 from gigatome.core.errors import ConfigError, EvaluationError, StoreError
-from gigatome.core.seeding import torch_seed
 from gigatome.evaluation.heads import Outcome, Prediction
 from gigatome.evaluation.splits import Split
 from gigatome.evaluation.unit_data import UnitData
 from gigatome.evaluation.units import ClassOutcome
 from gigatome.mil import losses
 from gigatome.mil.fit import BagFitOptions, fit_bags, predict_bags
-from gigatome.mil.mcat import LateFusion, LateFusionOptions
+from gigatome.mil.mcat import LateFusionOptions
 from gigatome.mil.model import BagModel, Criterion, Targets
 from gigatome.mil.source import StoreBags, fit_clusters
 from gigatome.mil.zoo import bag_model, graph_of, model_options
@@ -138,7 +137,9 @@ def restore_bag_head(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any
         edges, classes = np.array(arrays["edges"], np.float64), int(values["classes"])
         scales = tuple(np.array(arrays[f"omics.{k}"]) for k in range(sum(name.startswith("omics.") for name in arrays)))
         dim, outputs = int(values["dim"]), int(values["outputs"])
-        network = _network(head, dim, outputs, scales, 0)
+        # the file that a model's first weights came from need not be there any more
+        bare = replace(head, options={**head.options, "weights": None}) if "weights" in head.options else head
+        network = _network(bare, dim, outputs, scales, 0)
         network.load_state_dict(state)
     except (KeyError, RuntimeError, ConfigError) as error:
         raise StoreError(f"the saved head cannot be restored ({error}); train it again") from error
@@ -148,13 +149,12 @@ def restore_bag_head(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any
 
 def _network(head: BagHead, dim: int, outputs: int, scales: tuple[NDArray[np.float64], ...], seed: int) -> BagModel:
     sizes = tuple(scale.shape[1] for scale in scales)
-    if not sizes or hasattr(model_options(head.model, head.options), "omic_sizes"):
-        taken = {"omic_sizes": sizes} if sizes else {}
-        return bag_model(head.model, dim, outputs, {**head.options, **taken}, seed=seed)
-    fusion = replace(head.late_fusion, omic_sizes=sizes)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(torch_seed(seed, "late fusion"))
-        return LateFusion(fusion, bag_model(head.model, dim, fusion.hidden, head.options, seed=seed), outputs)
+    if not sizes:
+        return bag_model(head.model, dim, outputs, head.options, seed=seed)
+    if hasattr(model_options(head.model, head.options), "omic_sizes"):
+        return bag_model(head.model, dim, outputs, {**head.options, "omic_sizes": sizes}, seed=seed)
+    fusion = {**config.to_dict(head.late_fusion), "omic_sizes": sizes}
+    return bag_model(head.model, dim, outputs, {**head.options, "late_fusion": fusion}, seed=seed)
 
 
 def _task(head: BagHead, outcome: Outcome, split: Split) -> tuple[Targets, Criterion, int, NDArray[np.float64]]:
@@ -189,4 +189,4 @@ def _bags(
 def _scale(group: NDArray[np.float64]) -> NDArray[np.float64]:
     """[2, n], mean and deviation of each value; a constant one keeps its scale."""
     deviation = group.std(0)
-    return np.stack([group.mean(0), np.where(deviation > 0, deviation, 1.0)])
+    return np.stack([group.mean(0), np.where(deviation > 1e-12, deviation, 1.0)])

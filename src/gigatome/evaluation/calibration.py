@@ -70,7 +70,7 @@ def reliability(
         bins: how many, at most.
         by: bins of as many samples each, or of the same width.
         patients: patient of each sample, for a bootstrap band over patients; without, the band is Wilson's for
-            independent samples, which is also that of bins in which the resamples do not vary.
+            independent samples. Where the resamples do not vary it is Wilson's with the number of the bin's patients.
         seed: of the resampling.
         resamples: how many.
         level: coverage of the band.
@@ -81,11 +81,16 @@ def reliability(
     y, p = _checked(y, p)
     if bins < 1:
         raise EvaluationError(f"a calibration curve needs at least one bin, not {bins}")
-    edges = np.quantile(p, np.linspace(0, 1, bins + 1)) if by == "quantile" else np.linspace(0, 1, bins + 1)
-    place = np.unique(np.searchsorted(np.unique(edges)[1:-1], p, side="right"), return_inverse=True)[1]
+    shares = np.arange(1, bins) / bins
+    edges = np.unique(np.quantile(p, shares) if by == "quantile" else shares)
+    place = np.unique(np.searchsorted(edges, p, side="right"), return_inverse=True)[1]
     n = np.bincount(place)
     observed, predicted = np.bincount(place, y) / n, np.bincount(place, p) / n
-    low, high = _wilson(observed, n, level)
+    independent = n
+    if patients is not None:
+        pairs = np.unique(np.stack([place, np.unique(np.asarray(patients), return_inverse=True)[1]]), axis=1)
+        independent = np.bincount(pairs[0])
+    low, high = _wilson(observed, independent, level)
     if patients is not None:
         member = (place[:, None] == np.arange(len(n))).astype(np.float64)
         with np.errstate(invalid="ignore"):
@@ -117,15 +122,19 @@ def expected_calibration_error(y: ArrayLike, p: ArrayLike, *, bins: int = 15) ->
     return float(np.abs(found.predicted - found.observed) @ found.n / found.n.sum())
 
 
-def calibration(y: ArrayLike, p: ArrayLike, *, level: float = 0.95) -> Calibration:
-    """Slope and intercept of the outcome on the logit of its probability, with Wald intervals for independent samples.
+def calibration(
+    y: ArrayLike, p: ArrayLike, *, patients: Sequence[str] | None = None, level: float = 0.95
+) -> Calibration:
+    """Slope and intercept of the outcome on the logit of its probability, with Wald intervals.
 
     Source: Cox, "Two further applications of a model for binary regression", 1958; Steyerberg, "Clinical prediction
-    models", §15.3.
+    models", §15.3. With patients, standard errors are those of Liang and Zeger, "Longitudinal data analysis using
+    generalized linear models", Biometrika 73, 1986, which hold for samples that are alike within a patient.
 
     Args:
         y: whether each sample has the class, [N].
         p: probability of it, [N].
+        patients: patient of each sample; without, samples are independent.
         level: coverage of the intervals.
 
     Returns:
@@ -140,8 +149,9 @@ def calibration(y: ArrayLike, p: ArrayLike, *, level: float = 0.95) -> Calibrati
     p = np.clip(p, _EDGE, 1 - _EDGE)
     logit = np.log(p / (1 - p))
     reach = float(require("scipy.special", "learn", "measure calibration").ndtri((1 + level) / 2))
-    both = _fit(np.stack([np.ones(len(y)), logit], axis=1), y, np.zeros(len(y)))
-    shift = _fit(np.ones((len(y), 1)), y, logit)
+    whose = None if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
+    both = _fit(np.stack([np.ones(len(y)), logit], axis=1), y, np.zeros(len(y)), whose)
+    shift = _fit(np.ones((len(y), 1)), y, logit, whose)
     slope, slope_error = (both[0][1], both[1][1]) if both else (np.nan, np.nan)
     start, start_error = (shift[0][0], shift[1][0]) if shift else (np.nan, np.nan)
     if both is None:
@@ -155,7 +165,7 @@ def calibration(y: ArrayLike, p: ArrayLike, *, level: float = 0.95) -> Calibrati
 
 
 def _fit(
-    x: NDArray[np.float64], y: NDArray[np.float64], offset: NDArray[np.float64]
+    x: NDArray[np.float64], y: NDArray[np.float64], offset: NDArray[np.float64], patient: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Coefficients and standard errors of a logistic regression [N, K] without penalty; None without an optimum."""
     beta = np.zeros(x.shape[1])
@@ -167,7 +177,12 @@ def _fit(
         move = np.linalg.solve(information, x.T @ (y - p))
         beta = beta + move * min(1.0, 4.0 / max(float(np.abs(move).max()), 1e-300))
         if np.abs(move).max() < 1e-10 * (1 + np.abs(beta).max()):
-            return beta, np.sqrt(np.diag(np.linalg.inv(information)))
+            covariance = np.linalg.inv(information)
+            if patient is not None:
+                scores = np.zeros((patient.max() + 1, x.shape[1]))
+                np.add.at(scores, patient, x * (y - p)[:, None])
+                covariance = covariance @ scores.T @ scores @ covariance
+            return beta, np.sqrt(np.diag(covariance))
         if np.abs(beta).max() > 1e6:
             return None
     return None

@@ -18,14 +18,13 @@ from gigatome.core.seeding import generator
 from gigatome.evaluation import metrics
 from gigatome.evaluation.delong import delong_test
 from gigatome.evaluation.metrics import Difference
-from gigatome.evaluation.result import EvaluationResult
+from gigatome.evaluation.result import STATISTICS, EvaluationResult, alike, compare
 from gigatome.evaluation.survival import weighted_c_index
 from gigatome.evaluation.survival_result import SurvivalResult
 
 Metric: TypeAlias = Literal["auroc", "balanced_accuracy", "c_index"]
 Test: TypeAlias = Literal["bootstrap", "delong", "corrected t", "permutation"]
 
-_STATISTICS = {"auroc": metrics.weighted_auroc, "balanced_accuracy": metrics.weighted_balanced_accuracy}
 _SWAPS_AT_ONCE = 200
 _PURPOSE = "compare results"
 
@@ -183,16 +182,15 @@ Score: TypeAlias = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two results as the tests need them: scores of weights, and the difference in each fold."""
+    """Two results as the tests need them."""
 
     metric: str
     patients: tuple[str, ...]
-    scores: tuple[Score, Score]
+    bootstrap: Callable[[int, int], Difference]  # by seed and resamples
     both: Score  # of weights [R, 2 N], on one scale
-    differences: tuple[float, ...]
+    differences: tuple[float, ...]  # in each fold
     tested: float
     trained: float
-    inflation: float
     delong: Callable[[], Difference] | None
 
 
@@ -207,14 +205,12 @@ def _pair(
 
 
 def _class_pair(first: EvaluationResult, second: EvaluationResult, metric: Metric) -> _Pair:
-    a, b = first.predictions, second.predictions
-    same = first.split_hash == second.split_hash and first.classes == second.classes and a.slides == b.slides
-    if not same or not all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("tiles", "folds", "y")):
+    a, pa, pb = first.predictions, first.predictions.probabilities, second.predictions.probabilities
+    if not alike(first, second):
         _refuse(first.encoder, second.encoder)
-    if metric not in _STATISTICS:
+    if metric == "c_index" or metric not in STATISTICS:
         raise EvaluationError(f"results of classes have no {metric}; there are auroc and balanced_accuracy")
-    statistic, count = _STATISTICS[metric], a.probabilities.shape[1]
-    pa, pb = a.probabilities, b.probabilities
+    statistic, count = STATISTICS[metric], pa.shape[1]
     if metric == "auroc":
         level = [np.stack([_ranks(p[:, c]) for c in range(count)], axis=1) for p in (pa, pb)]
     else:
@@ -225,12 +221,11 @@ def _class_pair(first: EvaluationResult, second: EvaluationResult, metric: Metri
     return _Pair(
         metric=metric,
         patients=a.patients,
-        scores=(lambda w: statistic(a.y, pa, w), lambda w: statistic(a.y, pb, w)),
+        bootstrap=lambda seed, count: compare(first, second, metric=metric, seed=seed, resamples=count),
         both=lambda w: statistic(y, stacked, w),
         differences=tuple(d for d in differences if np.isfinite(d)),
         tested=tested,
         trained=trained,
-        inflation=inflation,
         delong=(lambda: delong_test(a.y, pa, pb, a.patients, inflation=inflation)) if metric == "auroc" else None,
     )
 
@@ -250,19 +245,23 @@ def _survival_pair(first: SurvivalResult, second: SurvivalResult, metric: Metric
     twice = (np.r_[a.time, a.time], np.r_[a.event, a.event], np.concatenate(ranks))
     folds = np.r_[a.folds, a.folds]
     tested, trained, inflation = _sizes(first, len(set(a.names)))
+    scores: tuple[Score, Score] = (
+        lambda w: weighted_c_index(a.time, a.event, a.risk, w, strata=a.folds),
+        lambda w: weighted_c_index(b.time, b.event, b.risk, w, strata=b.folds),
+    )
+    one = np.ones((1, len(a)))
+    value = float(scores[0](one)[0] - scores[1](one)[0])
     differences = [f.c_index - g.c_index for f, g in zip(first.folds, second.folds, strict=True)]
     return _Pair(
         metric=metric,
         patients=a.patients,
-        scores=(
-            lambda w: weighted_c_index(a.time, a.event, a.risk, w, strata=a.folds),
-            lambda w: weighted_c_index(b.time, b.event, b.risk, w, strata=b.folds),
+        bootstrap=lambda seed, count: metrics.resampled_difference(
+            *scores, value, a.patients, seed=seed, resamples=count, inflation=inflation
         ),
         both=lambda w: weighted_c_index(*twice, w, strata=folds),
         differences=tuple(d for d in differences if np.isfinite(d)),
         tested=tested,
         trained=trained,
-        inflation=inflation,
         delong=None,
     )
 
@@ -283,11 +282,7 @@ def _sizes(result: EvaluationResult | SurvivalResult, distinct: int) -> tuple[fl
 
 def _run(pair: _Pair, test: Test, seed: int, resamples: int) -> Difference:
     if test == "bootstrap":
-        one = np.ones((1, len(pair.patients)))
-        value = float(pair.scores[0](one)[0] - pair.scores[1](one)[0])
-        return metrics.resampled_difference(
-            *pair.scores, value, pair.patients, seed=seed, resamples=resamples, inflation=pair.inflation
-        )
+        return pair.bootstrap(seed, resamples)
     if test == "corrected t":
         return corrected_t(pair.differences, tested=pair.tested, trained=pair.trained)
     if test == "permutation":

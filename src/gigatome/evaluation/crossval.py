@@ -133,8 +133,14 @@ def class_result(
         split=splits.name,
         split_hash=splits.digest,
         unlabelled=unlabelled,
-        without_embeddings=units.excluded.get("no embeddings", ()),
+        without_embeddings=left_out(units),
     )
+
+
+def left_out(units: Units) -> tuple[str, ...]:
+    """Names, sorted, of the labelled units without usable embeddings."""
+    reasons = ("no embeddings", "no tiles", "embeddings that are not finite")
+    return tuple(sorted(name for reason in reasons for name in units.excluded.get(reason, ())))
 
 
 def fold_score(k: int, split: Split, y: NDArray[np.int64], predicted: Prediction) -> FoldScore:

@@ -45,29 +45,6 @@ class CurveBand:
 
 
 @dataclass(frozen=True, eq=False)
-class Reliability:
-    """How often what was predicted with some probability came true, in bins of about equally many predictions.
-
-    Attributes:
-        predicted: float64 [B], mean probability of each bin; rises.
-        observed: float64 [B], share that came true.
-        low: float64 [B], lower end of its 95 % interval.
-        high: float64 [B], upper end.
-        counts: int64 [B], predictions of each bin.
-        shares: float64 [20], share of all predictions in each twentieth from 0 to 1.
-        error: expected calibration error: mean of |observed − predicted|, weighted by ``counts``.
-    """
-
-    predicted: NDArray[np.float64]
-    observed: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    counts: NDArray[np.int64]
-    shares: NDArray[np.float64]
-    error: float
-
-
-@dataclass(frozen=True, eq=False)
 class LearningCurve:
     """Scores against the number of training slides.
 
@@ -152,45 +129,6 @@ def patient_weights(patients: Sequence[str], seed: int, resamples: int) -> Itera
     step = max(1, _CELLS_AT_ONCE // max(1, len(patient)))
     for start in range(0, resamples, step):
         yield draws[start : start + step, patient].astype(np.float64)
-
-
-def reliability(
-    outcome: NDArray[np.bool_], probability: NDArray[np.float64], patients: Sequence[str], *, bins: int = 10
-) -> Reliability:
-    """How well probabilities are calibrated.
-
-    Bins hold about equally many predictions; equal probabilities stay together. With few patients there are fewer bins,
-    so that each holds ten. The interval of a bin is Wilson's with the number of its patients in place of that of its
-    predictions: a patient's slides are taken as one, which is on the safe side.
-
-    Args:
-        outcome: bool [N], whether it came true.
-        probability: float64 [N], what was predicted.
-        patients: patient of each row.
-        bins: the most bins.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
-    """
-    patient = np.unique(np.asarray(patients), return_inverse=True)[1]
-    bins = max(1, min(bins, len(np.unique(patient)) // 10))
-    values = np.unique(np.quantile(probability, np.arange(1, bins) / bins))
-    member = np.searchsorted(values, probability, side="left")
-    rows = []
-    for number in np.unique(member):
-        inside = member == number
-        units = len(np.unique(patient[inside]))
-        rows.append((probability[inside].mean(), outcome[inside].mean(), units, inside.sum()))
-    predicted, observed, units, counts = np.array(rows, np.float64).T
-    low, high = _wilson(observed, units)
-    return Reliability(
-        predicted=predicted,
-        observed=observed,
-        low=low,
-        high=high,
-        counts=counts.astype(np.int64),
-        shares=np.histogram(probability, 20, (0.0, 1.0))[0] / len(probability),
-        error=float(np.sum(counts * np.abs(observed - predicted)) / len(probability)),
-    )
 
 
 def confusion(y: NDArray[np.int64], p: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -1,22 +1,13 @@
-"""Stratified folds of whole patients, and the table of folds of Patho-Bench.
+"""Stratified folds of whole patients, and draws and deals of whole groups."""
 
-Folds can be written to, and read from, the table of Patho-Bench: tab-separated, ``case_id``, ``slide_id``, the target,
-and a column ``fold_k`` a fold with ``train``, ``val`` or ``test``.
-"""
-
-import csv
 import hashlib
-import io
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.blob.store import write_atomic
 from gigatome.core.errors import EvaluationError
-from gigatome.core.logs import log
 from gigatome.core.seeding import generator
 
 _SITE_TRIES = 64
@@ -87,82 +78,6 @@ def digest_of(names: Sequence[str], splits: Sequence[Sequence[NDArray[np.int64]]
         f"{k}\t{side}\t{names[i]}" for k, parts in enumerate(splits) for side, part in enumerate(parts) for i in part
     )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
-
-
-def write_folds(
-    path: str | Path,
-    names: Sequence[str],
-    patients: Sequence[str],
-    labels: Sequence[Hashable],
-    folds: Sequence[Fold],
-    *,
-    target: str,
-) -> None:
-    """Writes folds as Patho-Bench's table.
-
-    Args:
-        path: the ``.tsv``.
-        names: name of each slide.
-        patients: patient of each slide.
-        labels: label of each slide.
-        folds: from :func:`patient_folds`.
-        target: name of the label column.
-    """
-    sides = [dict.fromkeys(train, "train") | dict.fromkeys(test, "test") for train, test in folds]
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(["case_id", "slide_id", target, *(f"fold_{k}" for k in range(len(folds)))])
-    for i, row in enumerate(zip(patients, names, labels, strict=True)):
-        writer.writerow([*row, *(side.get(i, "") for side in sides)])
-    write_atomic(path, text.getvalue())
-
-
-def read_folds(path: str | Path, names: Sequence[str], patients: Sequence[str]) -> list[Fold]:
-    """Reads folds from Patho-Bench's table, for the slides that are at hand.
-
-    Slides that the table gives to ``val``, or does not have, are in neither part. The table may name slides that are
-    not at hand.
-
-    Args:
-        path: the ``.tsv``, or the same with commas.
-        names: name of each slide at hand.
-        patients: patient of each.
-
-    Raises:
-        EvaluationError: it is no such table, a patient is on both sides of a fold, or a part of a fold is empty.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: the table of folds cannot be read ({error})") from error
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.partition("\n")[0] else ",")
-    columns = [column for column in reader.fieldnames or [] if column.startswith("fold_")]
-    if "slide_id" not in (reader.fieldnames or []) or not columns:
-        raise EvaluationError(f"{path}: is no table of folds; it needs columns slide_id and fold_0, fold_1 …")
-    rows = {row["slide_id"]: row for row in reader}
-    absent = sum(name not in rows for name in names)
-    if absent:
-        log.warning("%s: does not have %d of %d slides; they are left out", path, absent, len(names))
-    return [_read_fold(rows, column, names, patients, str(path)) for column in columns]
-
-
-def _read_fold(
-    rows: Mapping[str, Mapping[str, str]], column: str, names: Sequence[str], patients: Sequence[str], source: str
-) -> Fold:
-    sides: dict[str, list[int]] = {"train": [], "test": []}
-    for i, name in enumerate(names):
-        side = (rows.get(name) or {}).get(column) or ""
-        if side in sides:
-            sides[side].append(i)
-        elif side not in ("", "val"):
-            raise EvaluationError(f"{source}: {column} of slide {name} is {side!r}, not train, val or test")
-    for side, part in sides.items():
-        if not part:
-            raise EvaluationError(f"{source}: {column} has no {side} slide among those with embeddings and labels")
-    both = {patients[i] for i in sides["train"]} & {patients[i] for i in sides["test"]}
-    if both:
-        raise EvaluationError(f"{source}: {column} has patient {min(both)} in both train and test")
-    return np.array(sides["train"], np.int64), np.array(sides["test"], np.int64)
 
 
 def _classes_of_patients(patients: Sequence[str], labels: Sequence[Hashable]) -> dict[str, set[Hashable]]:

@@ -4,14 +4,13 @@ Source: mahmoodlab/MCAT; its six groups, in its order, by a table with a column 
 patient that disagree, and cells that are no number, are errors.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.core.errors import CohortError, EvaluationError
+from gigatome.core.errors import CohortError
 from gigatome.evaluation.tables import OMIC_SUFFIXES, PATIENT_NAMES, read_lines, read_table
 
 GROUPS = (
@@ -37,7 +36,7 @@ def read_omics(
 
     Returns:
         For each patient a float32 vector a group: the columns of the group's genes, sorted by name, as they stand there
-        (see :class:`OmicScaler`). A gene may be in several groups.
+        (a head scales them by its training part). A gene may be in several groups.
 
     Raises:
         CohortError: a table cannot be read, has no column of patients, or fits no gene of a group; a cell is no finite
@@ -86,54 +85,3 @@ def _numbers(
         if not fine:
             raise CohortError(f"{source}: {header[i]} of patient {row[patient]} is {row[i]!r}, no finite number")
     raise CohortError(f"{source}: patient {row[patient]} has an omic value beyond float32")
-
-
-@dataclass(frozen=True, eq=False)
-class OmicScaler:
-    """Mean 0 and variance 1 for each omic column, over the training part only.
-
-    Attributes:
-        mean: float32 vector a group.
-        scale: standard deviation (n) likewise, 1 where a column does not vary.
-    """
-
-    mean: tuple[NDArray[np.float32], ...]
-    scale: tuple[NDArray[np.float32], ...]
-
-    @classmethod
-    def fit(cls, omics: Mapping[str, tuple[NDArray[np.float32], ...]], patients: Sequence[str]) -> "OmicScaler":
-        """The scaler of these patients, each of whom counts once.
-
-        Raises:
-            EvaluationError: there is nobody, or one has no omics.
-        """
-        rows = [_of(omics, patient) for patient in sorted(set(patients))]
-        if not rows:
-            raise EvaluationError("omics cannot be scaled without a training patient")
-        groups = [np.stack(group).astype(np.float64) for group in zip(*rows, strict=True)]
-        scale = (group.std(0) for group in groups)
-        return cls(
-            tuple(group.mean(0).astype(np.float32) for group in groups),
-            tuple(np.where(s > 1e-12, s, 1).astype(np.float32) for s in scale),
-        )
-
-    def __call__(
-        self, omics: Mapping[str, tuple[NDArray[np.float32], ...]], patients: Sequence[str]
-    ) -> tuple[NDArray[np.float32], ...]:
-        """The scaled omics of some patients, a float32 matrix [patients, columns] a group.
-
-        Raises:
-            EvaluationError: one has no omics, or they are of other sizes than those that were fitted.
-        """
-        rows = [_of(omics, patient) for patient in patients]
-        wrong = [p for p, row in zip(patients, rows, strict=True) if [*map(len, row)] != [*map(len, self.mean)]]
-        if wrong:
-            raise EvaluationError(f"the omics of {wrong[0]} have other columns than those that were learnt from")
-        groups = zip(*rows, strict=True)
-        return tuple((np.stack(g) - m) / s for g, m, s in zip(groups, self.mean, self.scale, strict=True))
-
-
-def _of(omics: Mapping[str, tuple[NDArray[np.float32], ...]], patient: str) -> tuple[NDArray[np.float32], ...]:
-    if patient not in omics:
-        raise EvaluationError(f"patient {patient} has no omics; leave the patient out of the units")
-    return omics[patient]

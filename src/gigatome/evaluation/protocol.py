@@ -1,9 +1,12 @@
 """The protocol: embeddings and labels in, patient-grouped splits, scores with intervals out."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gigatome import config
 from gigatome.core.errors import CohortError, EvaluationError
@@ -26,6 +29,7 @@ from gigatome.slides.cohort import Cohort, CohortSlide, patient_of
 
 Target: TypeAlias = str | ClassTarget | SurvivalTarget
 Folds: TypeAlias = int | str | Path | SplitOptions
+Omics: TypeAlias = Mapping[str, tuple[NDArray[np.float32], ...]]
 
 FOLDS = 10
 """How many folds there are if nobody says."""
@@ -102,6 +106,8 @@ def evaluate(
     if level == "tile":
         if not isinstance(found, Probe) or isinstance(target, SurvivalTarget):
             raise EvaluationError(f"level tile is for probes of classes; {name} works on slides and patients")
+        if tiles_per_slide is not None and tiles_per_slide < 1:
+            raise EvaluationError(f"tiles_per_slide must be at least 1, not {tiles_per_slide}")
         prepared = prepare(store, cohort, target, folds, seed=seed, level="slide", leaks=leaks)
         setting = setting_of(store, target, name, found, seed, resamples)
         return evaluate_tiles(
@@ -140,34 +146,61 @@ def prepare(
     folds: Folds = FOLDS,
     *,
     seed: int = 0,
-    level: Literal["slide", "patient"] | None = None,
     leaks: Literal["error", "warn"] = "error",
+    **options: Any,
+) -> Prepared:
+    """Reads outcomes and splits; the arguments are those of :func:`evaluate` and the options of :func:`read_units`."""
+    units, data = read_units(store, cohort, target, **options)
+    return Prepared(units, _splits(units, folds, seed, leaks), data, len(units.excluded.get("no label", ())))
+
+
+def read_units(
+    store: EmbeddingStore,
+    cohort: Cohort | str | Path,
+    target: Target,
+    *,
+    level: Literal["slide", "patient"] | None = None,
     label_map: Mapping[str, str] | None = None,
     site: str | None = None,
+    classes: Sequence[str] | None = None,
     available: Collection[str] | None = None,
-) -> Prepared:
-    """Reads outcomes and splits.
+    omics: Omics | None = None,
+) -> tuple[Units, UnitData]:
+    """Reads outcomes, and finds the embeddings of those who have one; who has not is excluded, with the reason.
 
-    The arguments are those of :func:`evaluate`, ``label_map`` and ``site`` those of :func:`make_units`. ``available``
-    names the slides that may be used, all of the store by default.
+    Args:
+        store: embeddings.
+        cohort: slides, patients and labels.
+        target: what is predicted.
+        level: of slides or patients; patients for survival and slides for classes by default.
+        label_map: see :func:`make_units`, as for ``site`` and ``classes``.
+        site: column of the site.
+        classes: names and order of the classes, where another cohort fixes them.
+        available: slides that may be used; all of the store by default.
+        omics: values of each patient, as :func:`~gigatome.evaluation.omics.read_omics` gives them; patients without
+            are excluded.
     """
     target = ClassTarget(target) if isinstance(target, str) else target
     cohort = _read_cohort(cohort, store)
     level = level or ("patient" if isinstance(target, SurvivalTarget) else "slide")
     labelled = cohort.column(target.column if isinstance(target, ClassTarget) else target.time)
     there = set(store.names()) & set(store.names() if available is None else available)
-    unusable = {
-        name: reason for reason, names in check_bags(store, sorted(there & set(labelled))).items() for name in names
-    }
-    units = make_units(cohort, target, available=there - set(unusable), level=level, label_map=label_map, site=site)
+    checked = check_bags(store, sorted(there & set(labelled)))
+    unusable = {name: reason for reason, names in checked.items() for name in names}
+    units = make_units(
+        cohort, target, available=there - set(unusable), level=level, label_map=label_map, site=site, classes=classes
+    )
     units = replace(units, excluded=_reasons(units.excluded, unusable))
+    if omics is not None:
+        lost = {name for name, patient in zip(units.names, units.patients, strict=True) if patient not in omics}
+        units = units.without(lost, "no omics") if lost else units
     for reason, names in units.excluded.items():
         if reason != "no label":
             shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
             log.warning("%s: %d are left out, %s: %s", cohort.source, len(names), reason, shown)
-    splits = _splits(units, folds, seed, leaks)
-    data = UnitData(store, units.names, units.slides)
-    return Prepared(units, splits, data, len(units.excluded.get("no label", ())))
+    groups = zip(*(omics[patient] for patient in units.patients), strict=True) if omics is not None else ()
+    omic_groups = tuple(np.stack(group).astype(np.float64) for group in groups)
+    return units, UnitData(store, units.names, units.slides, omic_groups)
 
 
 def setting_of(store: EmbeddingStore, target: Target, name: str, head: Head, seed: int, resamples: int) -> Setting:

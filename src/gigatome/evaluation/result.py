@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,10 @@ from gigatome.evaluation.metrics import Difference
 
 Level = Literal["slide", "patient", "tile"]
 
-_STATISTICS = {"auroc": metrics.weighted_auroc, "balanced_accuracy": metrics.weighted_balanced_accuracy}
+STATISTICS = MappingProxyType(
+    {"auroc": metrics.weighted_auroc, "balanced_accuracy": metrics.weighted_balanced_accuracy}
+)
+"""What results of classes are compared by."""
 
 
 @dataclass(frozen=True)
@@ -176,23 +180,24 @@ class EvaluationResult:
             StoreError: a file cannot be written.
         """
         path = Path(path).with_suffix(".json")
-        write_atomic(path.with_suffix(".csv"), self._predictions_csv())
+        write_atomic(path.with_suffix(".csv"), self.predictions_csv())
         write_atomic(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
-    def _predictions_csv(self) -> str:
+    def predictions_csv(self) -> str:
+        """A row for each prediction."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        tile = ["tile"] if self.level == "tile" else []
-        writer.writerow(
-            ["slide", *tile, "patient", "fold", self.target, "predicted", *(f"p_{c}" for c in self.classes)]
-        )
         rows = self.predictions
+        names = {"slide": ["slide", "patient"], "tile": ["slide", "tile", "patient"], "patient": ["patient"]}[
+            self.level
+        ]
+        writer.writerow([*names, "fold", self.target, "predicted", *(f"p_{c}" for c in self.classes)])
         for i, slide in enumerate(rows.slides):
             p = rows.probabilities[i]
-            tile = [int(rows.tiles[i])] if self.level == "tile" else []
-            named = [self.classes[rows.y[i]], self.classes[int(p.argmax())]]
+            known = {"slide": slide, "tile": int(rows.tiles[i]), "patient": rows.patients[i]}
+            said = [self.classes[rows.y[i]], self.classes[int(p.argmax())]]
             writer.writerow(
-                [slide, *tile, rows.patients[i], int(rows.folds[i]), *named, *(f"{value:.6g}" for value in p)]
+                [*(known[name] for name in names), int(rows.folds[i]), *said, *(f"{value:.6g}" for value in p)]
             )
         return text.getvalue()
 
@@ -226,24 +231,29 @@ def compare(
     Raises:
         EvaluationError: the two were tested on different slides, tiles, labels or folds.
     """
-    a, b = first.predictions, second.predictions
-    same = first.split_hash == second.split_hash and first.classes == second.classes and a.slides == b.slides
-    if not same or not all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("tiles", "folds", "y")):
+    if not alike(first, second):
         raise EvaluationError(
             f"the results of {first.encoder} and {second.encoder} are not on the same slides, labels and folds; "
             "evaluate both with the same cohort, target, folds, seed and level"
         )
-    tested, trained = sum(fold.n_test for fold in first.folds), np.mean([fold.n_train for fold in first.folds])
+    a, trained = first.predictions, float(np.mean([fold.n_train for fold in first.folds]))
     return metrics.paired_difference(
-        _STATISTICS[metric],
+        STATISTICS[metric],
         a.y,
         a.probabilities,
-        b.probabilities,
+        second.predictions.probabilities,
         a.patients,
         seed=seed,
         resamples=resamples,
-        inflation=float(1 + tested / trained),
+        inflation=metrics.variance_factor(len(set(a.slides)), trained),
     )
+
+
+def alike(first: EvaluationResult, second: EvaluationResult) -> bool:
+    """Whether two results are on the same slides or tiles, labels and folds, so that they can be paired."""
+    a, b = first.predictions, second.predictions
+    same = first.split_hash == second.split_hash and first.classes == second.classes and a.slides == b.slides
+    return same and all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("tiles", "folds", "y"))
 
 
 def score(
@@ -265,9 +275,13 @@ def score(
 
 
 def plain(value: Any) -> Any:
-    """Nested values as JSON can hold them; a number that is not finite is None."""
+    """``value`` as JSON can hold it: NaN and infinity are None, arrays and sets lists, anything unknown its text."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

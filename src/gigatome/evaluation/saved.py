@@ -167,7 +167,7 @@ def save_model(
     members = []
     for k, run in enumerate(runs):
         values, arrays = run.fitted.saved()
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         write_atomic(folder / f"fold_{k}.safetensors", safetensors.save(arrays))
         members.append(values | {"training_risk": _percentiles(run.training_risk)})
     mean, deviation = data.vectors.mean(0), data.vectors.std(0)
@@ -216,7 +216,7 @@ def load_model(folder: str | Path) -> SavedModel:
         cohort = safetensors.load_file(folder / "cohort.safetensors")
         heads = tuple(restore_head(values, arrays) for values, arrays in zip(card["members"], parts, strict=True))
         return SavedModel(card, heads, cohort["mean"], cohort["deviation"])
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, require("safetensors", "learn", "load heads").SafetensorError) as error:
         raise StoreError(
             f"{folder}: holds no saved heads ({error}); gigatome evaluate … -o FOLDER writes them"
         ) from error

@@ -26,8 +26,6 @@ from gigatome.evaluation.folds import (
     patient_folds,
 )
 from gigatome.evaluation.folds import folds_digest as folds_digest
-from gigatome.evaluation.folds import read_folds as read_folds
-from gigatome.evaluation.folds import write_folds as write_folds
 from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome, Units
 
 Group = Literal["patient", "site"]

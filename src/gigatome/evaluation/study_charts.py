@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gigatome.evaluation.calibration import Reliability
 from gigatome.evaluation.canvas import HAIRLINE, INK, MUTED, Canvas
-from gigatome.evaluation.curves import CurveBand, LearningCurve, Reliability
+from gigatome.evaluation.curves import CurveBand, LearningCurve
 from gigatome.evaluation.study_panel import (
     CHANCE,
     LEFT,
@@ -156,18 +157,33 @@ def curve_panel(
     return draw_panel(height, paint)
 
 
-def calibration_panel(title: str, found: Reliability, style: Style, *, axes_names: tuple[str, str]) -> str:
-    """What came true against what was predicted, with the predictions' distribution at the foot."""
+def calibration_panel(
+    title: str,
+    found: Reliability,
+    style: Style,
+    *,
+    shares: NDArray[np.float64],
+    error: float,
+    axes_names: tuple[str, str],
+) -> str:
+    """What came true against what was predicted, with the predictions' distribution at the foot.
+
+    Args:
+        title: of the panel.
+        found: the curve and its band.
+        style: how it is drawn.
+        shares: float64 [K], of all predictions, in K equal parts from 0 to 1.
+        error: expected calibration error.
+        axes_names: names of the axes, horizontal first.
+    """
 
     def paint(canvas: Canvas) -> None:
         canvas.text(0, 12, title, weight="bold", size=SIZE, limit=42)
-        canvas.text(WIDTH, 12, f"ECE {found.error:.3f}", color=MUTED, size=SMALL, ha="right")
+        canvas.text(WIDTH, 12, f"ECE {error:.3f}", color=MUTED, size=SMALL, ha="right")
         axes = unit_axes(canvas, axes_names)
-        tallest = max(float(found.shares.max()), 1e-9)
-        edges = np.arange(len(found.shares)) / len(found.shares)
-        axes.bar(
-            edges, 0.16 * found.shares / tallest, 1 / len(edges), align="edge", color=HAIRLINE, alpha=0.6, linewidth=0
-        )
+        tallest = max(float(shares.max()), 1e-9)
+        edges = np.arange(len(shares)) / len(shares)
+        axes.bar(edges, 0.16 * shares / tallest, 1 / len(edges), align="edge", color=HAIRLINE, alpha=0.6, linewidth=0)
         axes.plot([0, 1], [0, 1], **CHANCE)
         color = style.color
         axes.fill_between(found.predicted, found.low, found.high, color=color, alpha=0.13, linewidth=0)

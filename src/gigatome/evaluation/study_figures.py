@@ -7,8 +7,9 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from gigatome.evaluation.calibration import calibration, expected_calibration_error, reliability
 from gigatome.evaluation.canvas import INK
-from gigatome.evaluation.curves import Kind, confusion, curve_band, learning_curves, reliability
+from gigatome.evaluation.curves import Kind, confusion, curve_band, learning_curves
 from gigatome.evaluation.result import EvaluationResult
 from gigatome.evaluation.study import Arm, FewShot, Study
 from gigatome.evaluation.study_charts import (
@@ -131,7 +132,10 @@ class Figures:
         return figures
 
     def calibration(self) -> list[Figure]:
-        """Reliability of each arm: of the positive class, or with several classes of the predicted one."""
+        """Reliability of each arm: of the positive class, or with several classes of the predicted one.
+
+        With few patients there are fewer bins, so that each could hold ten of them.
+        """
         figures = []
         for arm, result in _of_classes(self.shown):
             rows, p = result.predictions, result.predictions.probabilities
@@ -140,10 +144,15 @@ class Figures:
             else:
                 outcome, probability = p.argmax(1) == rows.y, p.max(1)
                 names = ("probability of the predicted class", "share predicted right")
-            found = reliability(outcome, probability, rows.patients)
-            svg = calibration_panel(arm.label, found, self._styles[arm.label], axes_names=names)
+            bins = max(1, min(10, len(set(rows.patients)) // 10))
+            found = reliability(outcome, probability, bins=bins, patients=rows.patients, seed=result.seed)
+            error = expected_calibration_error(outcome, probability)
+            shares = np.histogram(probability, 20, (0.0, 1.0))[0] / len(probability)
+            style = self._styles[arm.label]
+            svg = calibration_panel(arm.label, found, style, shares=shares, error=error, axes_names=names)
             name = f"calibration_{self._files[arm.label]}"
-            figures.append(self._keep(name, svg, "", f"calibration of {arm.label}, error {found.error:.3f}"))
+            words = _recalibrated(outcome, probability, rows.patients) if len(result.classes) == 2 else ""
+            figures.append(self._keep(name, svg, words, f"calibration of {arm.label}, error {error:.3f}"))
         return figures
 
     def confusion(self) -> list[Figure]:
@@ -231,6 +240,25 @@ class Figures:
 
 def _of_classes(arms: Sequence[Arm]) -> list[tuple[Arm, EvaluationResult]]:
     return [(arm, arm.result) for arm in arms if isinstance(arm.result, EvaluationResult)]
+
+
+def _recalibrated(outcome: NDArray[np.bool_], probability: NDArray[np.float64], patients: Sequence[str]) -> str:
+    """Calibration slope and intercept with their intervals, as far as there are any."""
+    if outcome.all() or not outcome.any():
+        return ""
+    found = calibration(outcome, probability, patients=patients)
+    said = [
+        f"{name} {value:.2f} ({low:.2f} to {high:.2f})".replace("-", "−")
+        for name, value, (low, high) in (
+            ("slope", found.slope, found.slope_ci),
+            ("intercept", found.intercept, found.intercept_ci),
+        )
+        if np.isfinite((value, low, high)).all()
+    ]
+    if not np.isfinite(found.slope):
+        said.insert(0, "no slope, as the classes are perfectly separated or all probabilities equal")
+    words = ", ".join(said)
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def _once(rows: SurvivalPredictions) -> NDArray[np.float64]:

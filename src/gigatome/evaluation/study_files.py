@@ -1,7 +1,5 @@
-"""A study in words and numbers: ``study.json``, a table of predictions for each arm, and how a page spells scores."""
+"""A study in words and numbers: ``study.json``, and how a page spells scores."""
 
-import csv
-import io
 import math
 import re
 import unicodedata
@@ -9,12 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from gigatome.core.version import __version__
-from gigatome.evaluation.result import EvaluationResult
+from gigatome.evaluation.result import EvaluationResult, plain
 from gigatome.evaluation.study import Arm, Result, Study
-from gigatome.evaluation.survival_result import SurvivalResult
 
 _FIRM = "\N{NO-BREAK SPACE}"
 
@@ -58,8 +53,8 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
     """For each label a name that any file system takes; names of different labels differ, also in lower case."""
     found: dict[str, str] = {}
     for label in labels:
-        plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
-        name = re.sub(r"[^A-Za-z0-9]+", "_", plain).strip("_").lower()[:60] or "arm"
+        ascii_only = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
+        name = re.sub(r"[^A-Za-z0-9]+", "_", ascii_only).strip("_").lower()[:60] or "arm"
         number, candidate = 2, name
         while candidate in found.values():
             candidate, number = f"{name}_{number}", number + 1
@@ -78,7 +73,7 @@ def study_json(study: Study, figures: Sequence[str]) -> dict[str, Any]:
     tiles = [
         {name: value for name, value in vars(tile).items() if name != "image"} for tile in study.tiles
     ]  # the page shows the images
-    return jsonable(
+    return plain(
         {
             "gigatome": __version__,
             "title": study.title,
@@ -94,28 +89,6 @@ def study_json(study: Study, figures: Sequence[str]) -> dict[str, Any]:
     )
 
 
-def predictions_csv(result: Result) -> str:
-    """Every test prediction as a table with a heading."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in _class_rows(result) if isinstance(result, EvaluationResult) else _survival_rows(result):
-        writer.writerow(row)
-    return text.getvalue()
-
-
-def jsonable(value: Any) -> Any:
-    """``value`` without what JSON cannot hold: NaN and infinity are None, arrays lists, anything unknown its text."""
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return jsonable(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [jsonable(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested settings with their keys joined by dots."""
     for key, value in settings.items():
@@ -127,7 +100,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def spelt(value: Any) -> str:
     """A setting as a reader takes it."""
-    value = jsonable(value)
+    value = plain(value)
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, float):
@@ -151,6 +124,13 @@ def interval(ends: tuple[float, float], *, plus: bool = False) -> str:
     return f"{_FIRM}to{_FIRM}".join(signed(end) if plus else f"{end:.3f}" for end in ends)
 
 
+def scored(value: float, ends: tuple[float, float]) -> str:
+    """0.874 (0.812 to 0.931)."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.3f} ({interval(ends)})" if all(map(math.isfinite, ends)) else f"{value:.3f}"
+
+
 def signed(value: float) -> str:
     """+0.012, −0.012."""
     return "–" if not math.isfinite(value) else f"{value:+.3f}".replace("-", "−")
@@ -172,42 +152,5 @@ def _arm(arm: Arm, predictions: str) -> dict[str, Any]:
         "difference": None if arm.reported is None else found.value - arm.reported,
         "source": arm.source,
         "predictions": predictions,
-        "result": _result(arm.result),
+        "result": arm.result.to_dict(),
     }
-
-
-def _result(result: Result) -> dict[str, Any]:
-    if isinstance(result, EvaluationResult):
-        return result.to_dict()
-    plain = {
-        name: getattr(result, name)
-        for name in result.__dataclass_fields__
-        if name not in ("predictions", "scores", "folds")
-    }
-    plain["scores"] = asdict(result.scores)
-    plain["folds"] = [asdict(fold) for fold in result.folds]
-    plain["fold_c_index"] = dict(zip(("mean", "sd"), result.fold_c_index, strict=True))
-    return plain
-
-
-def _class_rows(result: EvaluationResult) -> list[list[object]]:
-    rows = result.predictions
-    names = {"slide": ["slide", "patient"], "tile": ["slide", "tile", "patient"], "patient": ["patient"]}[result.level]
-    found: list[list[object]] = [[*names, "fold", result.target, "predicted", *(f"p_{c}" for c in result.classes)]]
-    for i, slide in enumerate(rows.slides):
-        p = rows.probabilities[i]
-        known = {"slide": slide, "tile": int(rows.tiles[i]), "patient": rows.patients[i]}
-        said = [result.classes[rows.y[i]], result.classes[int(p.argmax())]]
-        found.append([*(known[name] for name in names), int(rows.folds[i]), *said, *(f"{value:.6g}" for value in p)])
-    return found
-
-
-def _survival_rows(result: SurvivalResult) -> list[list[object]]:
-    rows = result.predictions
-    ends = [f"survival_{end:g}" for end in rows.edges[: rows.survival.shape[1]]]
-    found: list[list[object]] = [["name", "patient", "fold", "time", "event", "risk", "high_risk", *ends]]
-    for i, name in enumerate(rows.names):
-        known = [f"{rows.time[i]:.6g}", int(rows.event[i]), f"{rows.risk[i]:.6g}", int(rows.high[i])]
-        bins = [f"{value:.6g}" for value in rows.survival[i]]
-        found.append([name, rows.patients[i], int(rows.folds[i]), *known, *bins])
-    return found

@@ -34,7 +34,7 @@ from gigatome.evaluation.study_files import (
     headline,
     interval,
     p_value,
-    predictions_csv,
+    scored,
     signed,
     spelt,
     spread,
@@ -75,7 +75,7 @@ def write_study(study: Study, folder: str | Path) -> Path:
     Raises:
         EvaluationError: there is no arm, two arms have one label, or classes and survival are mixed.
         StoreError: a file cannot be written.
-        MissingExtraError: jinja2 or matplotlib is not installed.
+        MissingExtraError: jinja2, matplotlib or scipy is not installed.
     """
     rows = _rows(study)
     folder = Path(folder)
@@ -92,7 +92,7 @@ def write_study(study: Study, folder: str | Path) -> Path:
     ]
     names = file_names([arm.label for arm in study.arms])
     for arm in study.arms:
-        write_atomic(folder / f"predictions_{names[arm.label]}.csv", predictions_csv(arm.result))
+        write_atomic(folder / f"predictions_{names[arm.label]}.csv", arm.result.predictions_csv())
     for figure in figures.drawn:
         write_atomic(folder / "figures" / f"{figure.name}.svg", figure.svg + "\n")
     found = study_json(study, [f"figures/{figure.name}.svg" for figure in figures.drawn])
@@ -190,20 +190,13 @@ def _score_table(rows: list[_Row], survival: bool) -> tuple[tuple[str, ...], tup
     lines: list[tuple[Cell, ...]] = []
     for row in rows:
         scores = row.arm.result.scores
-        line = (row.label, spread(row.score.mean, row.score.sd), _scored(row.score.pooled, row.score.ci))
+        line = (row.label, spread(row.score.mean, row.score.sd), scored(row.score.pooled, row.score.ci))
         if isinstance(scores, Scores):
-            lines.append((*line, _scored(scores.balanced_accuracy, scores.balanced_accuracy_ci)))
+            lines.append((*line, scored(scores.balanced_accuracy, scores.balanced_accuracy_ci)))
         else:
-            lines.append((*line, _scored(scores.uno, scores.uno_ci), p_value(scores.logrank_p)))
+            lines.append((*line, scored(scores.uno, scores.uno_ci), p_value(scores.logrank_p)))
     extra = ("Uno’s c-index", "Log-rank p") if survival else ("Balanced accuracy",)
     return (*columns, *extra), tuple(lines)
-
-
-def _scored(value: float, ends: tuple[float, float]) -> str:
-    """0.874 (0.812 to 0.931)."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:.3f} ({interval(ends)})" if all(map(math.isfinite, ends)) else f"{value:.3f}"
 
 
 def _reported_table(rows: list[_Row]) -> Table:
@@ -226,8 +219,8 @@ def _slide_scores(row: _Row) -> list[tuple[Cell, ...]]:
         (
             row.label,
             names.get(name, name),
-            _scored(scores.auroc, scores.auroc_ci),
-            _scored(scores.balanced_accuracy, scores.balanced_accuracy_ci),
+            scored(scores.auroc, scores.auroc_ci),
+            scored(scores.balanced_accuracy, scores.balanced_accuracy_ci),
         )
         for name, scores in row.arm.result.by_slide.items()
     ]
@@ -287,7 +280,8 @@ def _classes(figures: Figures) -> list[Section | None]:
             "Calibration",
             figures.calibration(),
             "Of what was predicted with some probability, how much came true. Bars are 95 % intervals; the grey "
-            "columns show how often each probability was predicted; ECE is the expected calibration error.",
+            "columns show how often each probability was predicted; ECE is the expected calibration error. Of two "
+            "classes, a slope below 1 is too sure of itself, and an intercept above 0 says the class too seldom.",
         ),
         _figure_section(
             "Confusion", figures.confusion(), "Rows are what is true, columns the class of highest probability."
@@ -302,7 +296,7 @@ def _survival(study: Study, figures: Figures) -> list[Section | None]:
     for arm in study.arms:
         if not isinstance(arm.result.scores, Scores):
             found = dict(zip(arm.result.scores.times, arm.result.scores.auroc_at, strict=True))
-            lines.append((arm.label, *(_scored(found.get(t, math.nan), (math.nan, math.nan)) for t in times)))
+            lines.append((arm.label, *(scored(found.get(t, math.nan), (math.nan, math.nan)) for t in times)))
     unit = getattr(study.arms[0].result, "unit", "")
     columns = ("Arm", *(f"{t:g} {unit}" for t in times))
     table = Table(columns, tuple(lines), "Cumulative/dynamic AUROC at some times after the start.")

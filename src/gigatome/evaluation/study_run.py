@@ -1,9 +1,9 @@
 """Runs a study: encoders × heads on one outcome and one set of splits, with null rows, tests and learning curves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gigatome import config
 from gigatome.core.errors import EvaluationError, GigatomeError
@@ -12,110 +12,22 @@ from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.attended import attended_tiles
 from gigatome.evaluation.comparison import Comparison, adjusted, compare_results
 from gigatome.evaluation.crossval import FoldRun
+from gigatome.evaluation.external import evaluate_external
 from gigatome.evaluation.heads import Head, find_head, is_probe
-from gigatome.evaluation.protocol import FOLDS, Prepared, Target, learn, prepare
+from gigatome.evaluation.omics import read_omics
+from gigatome.evaluation.protocol import Omics, Prepared, learn, prepare, read_units, setting_of
 from gigatome.evaluation.saved import save_model
 from gigatome.evaluation.split_tables import write_splits
-from gigatome.evaluation.splits import SplitOptions, make_splits
+from gigatome.evaluation.splits import make_splits
 from gigatome.evaluation.study import Arm, AttendedTile, FewShot, Study
 from gigatome.evaluation.study_files import file_names, headline
+from gigatome.evaluation.study_options import Reported, StudyOptions
 from gigatome.evaluation.study_report import write_study
-from gigatome.evaluation.units import ClassTarget, SurvivalTarget
+from gigatome.evaluation.units import ClassOutcome
 from gigatome.slides.cohort import Cohort
 
 MODELS = "models"
 """Folder of a study that holds the heads of each arm."""
-
-
-@dataclass(frozen=True)
-class Reported:
-    """A value that a paper reports.
-
-    Attributes:
-        head: the head it belongs to.
-        value: mean over folds.
-        embeddings: of the study's, where there are several; the first by default.
-        sd: standard deviation over folds, if the paper prints it.
-        source: paper, table and row.
-    """
-
-    head: str
-    value: float
-    embeddings: str = ""
-    sd: float | None = None
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class StudyOptions:
-    """A study, as its file states it.
-
-    Attributes:
-        embeddings: folders of embeddings, as :meth:`EmbeddingStore.open` takes them.
-        labels: table of slides, patients and outcomes.
-        target: column of classes; or
-        survival: columns of a survival. Exactly one of both.
-        heads: names of heads; each runs on each of ``embeddings``.
-        options: of heads that are models of bags, by name, nested as in
-            :class:`~gigatome.evaluation.bag_head.BagHead`.
-        level: ``"slide"`` or ``"patient"``; patients for survival and slides for classes by default.
-        label_map: another name for classes, many to one; slides of other classes are left out.
-        splits: how to split.
-        split_file: published splits, a table or a folder, in place of ``splits``.
-        leaks: ``"error"`` or ``"warn"`` about patients on both sides of published splits.
-        site: column of the site, for splits by site; by default it is read off TCGA barcodes.
-        null: add a row whose heads learnt from shuffled outcomes: the first head on the first embeddings.
-        null_embeddings: embeddings by an encoder with random weights, for null rows with the same heads.
-        compare: test the arms against the first.
-        few_shot: numbers of training units, for learning curves.
-        repeats: of each point of a learning curve, with other units.
-        tiles: of the first arm with attention, how many of the most and of the least attended tiles to show.
-        resamples: of bootstraps.
-        seed: of splits, training, sampling and resampling.
-        reproduces: values of a paper, to stand beside ours.
-        paper: where the study comes from, if from a paper.
-        notes: deviations from it, one sentence each.
-    """
-
-    embeddings: tuple[str, ...]
-    labels: str
-    target: str | None = None
-    survival: SurvivalTarget | None = None
-    heads: tuple[str, ...] = ("linear",)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    level: Literal["slide", "patient"] | None = None
-    label_map: Mapping[str, str] | None = None
-    splits: SplitOptions = field(default_factory=lambda: SplitOptions(folds=FOLDS))
-    split_file: str | None = None
-    leaks: Literal["error", "warn"] = "error"
-    site: str | None = None
-    null: bool = True
-    null_embeddings: tuple[str, ...] = ()
-    compare: bool = True
-    few_shot: tuple[int, ...] = ()
-    repeats: int = 5
-    tiles: int = 8
-    resamples: int = 2000
-    seed: int = 0
-    reproduces: tuple[Reported, ...] = ()
-    paper: str = ""
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if (self.target is None) == (self.survival is None):
-            raise ValueError("give either target, a column of classes, or survival with its columns")
-        if not self.embeddings or not self.heads:
-            raise ValueError("a study needs at least one of embeddings and one of heads")
-        if self.repeats < 1 or self.tiles < 0 or any(count < 1 for count in self.few_shot):
-            raise ValueError("repeats and few_shot must be at least 1, and tiles not negative")
-        unknown = set(self.options) - set(self.heads)
-        if unknown:
-            raise ValueError(f"there are options of {min(unknown)}, which is none of the heads {', '.join(self.heads)}")
-
-    @property
-    def outcome(self) -> Target:
-        """What is predicted."""
-        return self.survival or ClassTarget(self.target or "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +83,7 @@ def run_study(
         learnt.append(
             _learn(options, stores[0], prepared[0], label, name, head, null=True, permute=True, progress=progress)
         )
+    learnt += _external(options, learnt)
     study = Study(
         title=_title(options, cohort),
         arms=tuple(item.arm for item in learnt),
@@ -183,7 +96,7 @@ def run_study(
     )
     files = file_names([item.arm.label for item in learnt])
     for item in learnt:
-        if not item.arm.null:
+        if item.runs and not item.arm.null:
             folder = out / MODELS / files[item.arm.label]
             save_model(folder, item.prepared.units, item.prepared.data, item.runs, item.arm.result)
     write_splits(out / "splits.tsv", prepared[0].units, prepared[0].splits)
@@ -191,14 +104,43 @@ def run_study(
     return study
 
 
+def _external(options: StudyOptions, learnt: Sequence[_Learnt]) -> list[_Learnt]:
+    """Each arm again, learnt from the whole cohort and tested on the external one."""
+    if options.external is None:
+        return []
+    found = []
+    for item in learnt:
+        result, store = item.arm.result, item.prepared.data.store
+        if item.arm.null:
+            continue
+        place = [EmbeddingStore.open(path).folder for path in options.embeddings].index(store.folder)
+        outcome = item.prepared.units.outcome
+        units, data = read_units(
+            EmbeddingStore.open(options.external.embeddings[place]), options.external.labels, options.outcome,
+            level=item.prepared.units.level, label_map=options.label_map, site=options.site,
+            classes=outcome.classes if isinstance(outcome, ClassOutcome) else None,
+            omics=_omics(options),
+        )  # fmt: skip
+        setting = setting_of(store, options.outcome, result.head, item.head, options.seed, options.resamples)
+        tested = evaluate_external(item.prepared, units, data, item.head, setting, options.splits)
+        label = f"{item.arm.label}, tested on {Path(options.external.labels).name}"
+        found.append(_Learnt(Arm(label, tested), item.prepared, [], item.head))
+    return found
+
+
+def _omics(options: StudyOptions) -> Omics | None:
+    return read_omics(options.omics, options.signatures) if options.omics and options.signatures else None
+
+
 def _prepare(options: StudyOptions, stores: Sequence[EmbeddingStore], cohort: Cohort | None) -> list[Prepared]:
     """Units and splits, the same for all stores."""
     common = set.intersection(*(set(store.names()) for store in stores))
     folds = Path(options.split_file) if options.split_file else replace(options.splits, seed=options.seed)
+    omics = _omics(options)
     given = [
         prepare(
             store, cohort or options.labels, options.outcome, folds, available=common, seed=options.seed,
-            level=options.level, leaks=options.leaks, label_map=options.label_map, site=options.site,
+            level=options.level, leaks=options.leaks, label_map=options.label_map, site=options.site, omics=omics,
         )
         for store in stores
     ]  # fmt: skip
@@ -254,6 +196,7 @@ def _compared(learnt: Sequence[_Learnt], options: StudyOptions) -> tuple[Compari
     tests = [
         test
         for item in learnt[1:]
+        if item.runs  # an external cohort is another one
         for test in compare_results(
             first.result, item.arm.result, (first.label, item.arm.label),
             seed=options.seed, resamples=options.resamples,

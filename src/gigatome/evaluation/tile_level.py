@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.core.errors import EvaluationError
 from gigatome.core.logs import Progress, silent
 from gigatome.core.seeding import generator
 from gigatome.embeddings.store import EmbeddingStore
-from gigatome.evaluation.crossval import Setting, fold_score
+from gigatome.evaluation.crossval import Setting, fold_score, left_out
 from gigatome.evaluation.heads import Prediction
 from gigatome.evaluation.probes import Probe, fit_predict
 from gigatome.evaluation.result import EvaluationResult, FoldScore, Predictions, Scores, score
@@ -41,11 +40,9 @@ def evaluate_tiles(
         progress: called after each fold.
 
     Raises:
-        EvaluationError: ``tiles_per_slide`` is not positive, or a probe cannot learn.
+        EvaluationError: a probe cannot learn.
         StoreError: a file is damaged.
     """
-    if tiles_per_slide is not None and tiles_per_slide < 1:
-        raise EvaluationError(f"tiles_per_slide must be at least 1, not {tiles_per_slide}")
     outcome = units.outcome
     assert isinstance(outcome, ClassOutcome)  # noqa: S101 - for the type checker
     x, slide, tile = _tiles(store, units.names, tiles_per_slide, setting.seed)
@@ -87,7 +84,7 @@ def evaluate_tiles(
         split=splits.name,
         split_hash=splits.digest,
         unlabelled=unlabelled,
-        without_embeddings=units.excluded.get("no embeddings", ()),
+        without_embeddings=left_out(units),
     )
 
 

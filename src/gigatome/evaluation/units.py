@@ -9,7 +9,7 @@ A cohort's labels are text. Here they become an outcome::
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -145,6 +145,24 @@ class Units:
     def site(self, i: int) -> str:
         """Site of unit ``i``."""
         return self.sites[i]
+
+    def without(self, names: Collection[str], reason: str) -> "Units":
+        """The units but some, which are excluded for a reason; raises :class:`EvaluationError` if nobody is left."""
+        kept = np.flatnonzero([name not in names for name in self.names])
+        if not len(kept):
+            raise EvaluationError(f"nobody is left to predict: all {len(self)} {self.level}s have {reason}")
+        outcome = self.outcome
+        if isinstance(outcome, ClassOutcome):
+            outcome = replace(outcome, y=outcome.y[kept])
+        else:
+            outcome = replace(outcome, time=outcome.time[kept], event=outcome.event[kept])
+        lost = tuple(name for name in self.names if name in names)
+        parts = ((values[i] for i in kept) for values in (self.names, self.patients, self.slides, self.sites))
+        names_, patients, slides, sites = map(tuple, parts)
+        return replace(
+            self, names=names_, patients=patients, slides=slides, sites=sites, outcome=outcome,
+            excluded={**self.excluded, reason: (*self.excluded.get(reason, ()), *lost)},
+        )  # fmt: skip
 
 
 def make_units(

@@ -1,22 +1,18 @@
-"""Slide-level models by name, on disk, and with weights that their authors trained."""
+"""Slide-level models by name, and with weights that their authors trained."""
 
-import hashlib
 import importlib
 import inspect
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gigatome import config as configuration
-from gigatome.blob.store import atomic_path, write_atomic
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.core.seeding import torch_seed
 from gigatome.encoders.weights import load_weights
@@ -24,7 +20,6 @@ from gigatome.mil.model import BagModel
 from gigatome.mil.source import Graph
 
 _VARIANT, _FUSION = "variant", "late_fusion"
-_WEIGHTS, _CARD = "model.safetensors", "model.json"
 _PARTS = ("state_dict", "model_state_dict", "model")
 _NOT_WEIGHTS = ("instance_loss_fn.",)  # CLAM's files hold the labels of its instance loss
 
@@ -173,46 +168,6 @@ def graph_of(options: Any) -> Graph | None:
     return Graph(options.graph, options.neighbours)
 
 
-def save_model(folder: str | Path, model: BagModel, spec: ModelSpec) -> None:
-    """Writes ``model.safetensors`` and ``model.json``.
-
-    Args:
-        folder: made if needed.
-        model: what to write.
-        spec: that it was built of.
-    """
-    folder = Path(folder)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with atomic_path(folder / _WEIGHTS) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
-    card = {part.name: getattr(spec, part.name) for part in fields(spec)}
-    card = {**configuration.to_dict(card), "digest": _digest(state)}
-    write_atomic(folder / _CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
-
-
-def load_model(folder: str | Path) -> tuple[BagModel, ModelSpec]:
-    """What :func:`save_model` wrote, in evaluation mode, on the CPU.
-
-    Raises:
-        RunError: the folder holds no such model, or parts of two.
-    """
-    folder = Path(folder)
-    try:
-        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        digest = card.pop("digest")
-        spec = configuration.parse(ModelSpec, card, source=str(folder / _CARD))
-        state = load_file(folder / _WEIGHTS)
-    except (OSError, KeyError, ValueError, TypeError, SafetensorError, ConfigError) as error:
-        raise RunError(f"{folder}: cannot be read as a slide-level model: {error}") from error
-    if _digest(state) != digest:
-        raise RunError(f"{folder}: {_WEIGHTS} and {_CARD} do not belong together; write the model again")
-    # the file of weights that a model started from need not be there any more: all of them are in the state
-    options = {**spec.options, **({"weights": None} if "weights" in spec.options else {})}
-    model = build(replace(spec, options=options))
-    load_weights(model, state, source=str(folder / _WEIGHTS))
-    return model.eval(), spec
-
-
 def load_authors(path: str | Path, model: BagModel) -> None:
     """Puts the weights of an author's checkpoint into a model of the same shape.
 
@@ -286,12 +241,3 @@ def _variants(options: type[Any]) -> list[str]:
             if all(parameter.default is not parameter.empty for parameter in parameters):
                 found.append(name)
     return found
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    """Hash of a state dict: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
