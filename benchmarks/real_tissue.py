@@ -207,7 +207,7 @@ def encoders(options: argparse.Namespace, cohort: Cohort) -> Iterator[tuple[str,
         yield "ImageNet weights", 0, load_encoder(options.imagenet), None
     for seed in range(options.untrained_seeds):
         yield "untrained", seed, build_encoder(encoder_config(options), seed=torch_seed(seed, "encoder")), None
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for arm, recipe in recipes(options).items():
             seeded = replace(recipe, fit=replace(recipe.fit, seed=seed))
             folder = options.runs / f"{arm.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
@@ -371,6 +371,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--prototypes", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3, help="of training")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--untrained-seeds", type=int, default=5)
     parser.add_argument("--tiles-per-slide", type=int, default=100, help="that encoders are judged by")
     parser.add_argument("--imagenet", help="an encoder with ImageNet weights, as gigatome embed takes it")

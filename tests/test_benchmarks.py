@@ -92,3 +92,15 @@ def test_bench_read(folder, tmp_path):
     text = written.read_text(encoding="utf-8")
     assert "## ycc420_240" in text
     assert "| 0.5 from 0.25 | gigatome | " in text
+
+
+def test_bench_mil(tmp_path):
+    pytest.importorskip("torch")
+    out = json.loads(run("bench_mil", "--tiny", "--folder", tmp_path / "bags", "--write", tmp_path))
+    arms = ["gigatome", "gigatome, bf16", "gigatome, drawn", "gigatome, drawn, bf16"]
+    assert list(out["speed"]) == ["CLAM's loop", *arms, "CLAM's reading alone"]
+    assert all(item["seconds"] > 0 for item in out["speed"].values())
+    assert [len(values) for values in out["auroc"].values()] == [2] * 5
+    assert list(out["differences"]) == arms
+    (written,) = tmp_path.glob("mil_*_??????.md")
+    assert "| gigatome, bf16 | " in written.read_text(encoding="utf-8")

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from gigatome.embeddings.extract import embed
     from gigatome.embeddings.store import EmbeddingStore
     from gigatome.encoders.zoo import load_encoder
+    from gigatome.evaluation.predict import predict_slides
     from gigatome.evaluation.protocol import evaluate
+    from gigatome.evaluation.study_options import StudyOptions
+    from gigatome.evaluation.study_run import run_study
+    from gigatome.evaluation.units import SurvivalTarget
     from gigatome.heatmaps.run import heatmap
     from gigatome.recipes.run import train
     from gigatome.recipes.schema import load_recipe
@@ -33,6 +37,8 @@ __all__ = [
     "EmbeddingStore",
     "GigatomeError",
     "Slide",
+    "StudyOptions",
+    "SurvivalTarget",
     "TileStream",
     "TissueMask",
     "check_cohort",
@@ -44,6 +50,8 @@ __all__ = [
     "make_grid",
     "open_slide",
     "open_zarr",
+    "predict_slides",
+    "run_study",
     "segment",
     "train",
 ]
@@ -54,6 +62,8 @@ _HOMES = {
     "EmbeddingStore": "embeddings.store",
     "GigatomeError": "core.errors",
     "Slide": "slides.slide",
+    "StudyOptions": "evaluation.study_options",
+    "SurvivalTarget": "evaluation.units",
     "TileStream": "tiles.stream",
     "TissueMask": "tissue.mask",
     "check_cohort": "slides.check",
@@ -65,6 +75,8 @@ _HOMES = {
     "make_grid": "tiles.grid",
     "open_slide": "slides.slide",
     "open_zarr": "slides.zarr_view",
+    "predict_slides": "evaluation.predict",
+    "run_study": "evaluation.study_run",
     "segment": "tissue.segment",
     "train": "recipes.run",
 }

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import minimize
 
 from gigatome.core.errors import EvaluationError
-from gigatome.evaluation.cox import Cox, FittedCox, fit_cox, log_likelihood
+from gigatome.evaluation.cox import Cox, FittedCox, fit_cox, hazard_ratio, log_likelihood
 from gigatome.evaluation.survival import c_index
 
 
@@ -131,3 +131,62 @@ def test_options_of_something_else(options):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(*cohort(9))
+
+
+def test_a_hazard_ratio_by_hand():
+    """x = 0, 1, 0 die in turn: the likelihood r / ((2 + r)(1 + r)) is highest at r² = 2."""
+    found = hazard_ratio([1, 2, 3], [1, 1, 1], [0, 1, 0])
+    assert found.value == pytest.approx(2**0.5, rel=1e-8)
+    p, q = found.value / (2 + found.value), found.value / (1 + found.value)
+    deviation = (p * (1 - p) + q * (1 - q)) ** -0.5
+    np.testing.assert_allclose(np.log(np.divide(found.ci, found.value)), [-1.959964 * deviation, 1.959964 * deviation])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_hazard_ratio_is_that_of_scikit_survival(seed):
+    linear, util = pytest.importorskip("sksurv.linear_model"), pytest.importorskip("sksurv.util")
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=80) * 10.0 ** (seed - 3) if seed % 2 else (rng.random(80) < 0.4).astype(float)
+    time = np.ceil(rng.exponential(np.exp(-x / x.std()), 80) * (4 if seed < 3 else 1000))  # many ties, or few
+    event = rng.random(80) < 0.7
+    theirs = linear.CoxPHSurvivalAnalysis(ties="efron", tol=1e-12).fit(
+        x[:, None] / x.std(), util.Surv.from_arrays(event, time)
+    )
+    beta, d = theirs.coef_[0] / x.std(), 1e-3 / x.std()
+    found = hazard_ratio(time, event, x)
+    assert np.log(found.value) == pytest.approx(beta, rel=1e-6)
+    around = [log_likelihood(time, event, b * x) for b in (beta - d, beta, beta + d)]
+    deviation = (-(around[0] - 2 * around[1] + around[2]) / d**2) ** -0.5
+    assert np.log(found.ci[1] / found.value) == pytest.approx(1.959964 * deviation, rel=1e-4)
+
+
+def test_slides_of_a_patient_do_not_make_a_hazard_ratio_surer():
+    x, time, event = cohort(4, 150, ties=False)
+    risk = x[:, 0] - 3
+    names = [str(i) for i in range(150)]
+    once = hazard_ratio(time, event, risk > 0, clusters=names)
+    plain = hazard_ratio(time, event, risk > 0)
+    assert np.ptp(np.log(once.ci)) == pytest.approx(np.ptp(np.log(plain.ci)), rel=0.15)
+    many = [np.tile(value, 3) for value in (time + 1e-9 * np.arange(150), event, risk > 0)]
+    copies, wrong = hazard_ratio(*many, clusters=names * 3), hazard_ratio(*many)
+    assert copies.value == pytest.approx(once.value, rel=0.02)
+    assert np.ptp(np.log(copies.ci)) == pytest.approx(np.ptp(np.log(once.ci)), rel=0.05)
+    assert np.ptp(np.log(wrong.ci)) < 0.65 * np.ptp(np.log(once.ci))
+
+
+def test_hazard_ratios_without_an_end():
+    assert hazard_ratio([1, 2, 3, 4], [1, 1, 0, 0], [1, 1, 0, 0]).value == math.inf
+    assert hazard_ratio([1, 2, 3, 4], [1, 1, 0, 0], [0, 0, 1, 1]).value == 0
+    for nothing in (
+        hazard_ratio([1, 2, 3], [1, 1, 0], [1, 1, 1]),
+        hazard_ratio([1, 2, 3, 4], [1, 1, 1, 1], [0, 0, 1, 1], strata=[0, 0, 1, 1]),
+        hazard_ratio([1, 2], [0, 0], [0, 1]),
+    ):
+        assert np.isnan([nothing.value, *nothing.ci]).all()
+
+
+def test_bad_hazard_ratios():
+    with pytest.raises(EvaluationError, match="not finite"):
+        hazard_ratio([1, 2], [1, 1], [0, math.nan])
+    with pytest.raises(ValueError, match="need a cluster"):
+        hazard_ratio([1, 2], [1, 1], [0, 1], clusters=["a"])

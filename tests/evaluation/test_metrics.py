@@ -22,8 +22,11 @@ from gigatome.evaluation.metrics import (
     balanced_accuracy,
     bootstrap_ci,
     brier,
+    fold_inflation,
     paired_difference,
+    percentile_interval,
     quadratic_kappa,
+    score_interval,
     weighted_auprc,
     weighted_auroc,
     weighted_balanced_accuracy,
@@ -214,6 +217,45 @@ def test_inflation_widens_a_difference_about_its_value():
     assert wide.value == plain.value
     assert np.subtract(wide.ci, wide.value) == pytest.approx(1.5 * np.subtract(plain.ci, plain.value))
     assert wide.p > plain.p
+
+
+def test_a_score_interval_widens_about_its_score_and_stays_a_score():
+    rng = np.random.default_rng(4)
+    drawn = rng.normal(0.8, 0.05, 4000)
+    plain = percentile_interval(drawn)
+    assert score_interval(0.8, drawn) == plain
+    wide = score_interval(0.8, drawn, inflation=2.25)
+    np.testing.assert_allclose(np.subtract(wide, 0.8), 1.5 * np.subtract(plain, 0.8))
+    assert score_interval(0.8, drawn, inflation=100) == (pytest.approx(0, abs=0.2), 1.0)
+    assert score_interval(0.1, drawn - 0.7, inflation=100)[0] == 0.0
+    assert score_interval(1.0, np.ones(50), inflation=2.25) == (1.0, 1.0)
+    assert np.isnan(score_interval(0.5, np.full(50, np.nan), inflation=2.25)).all()
+
+
+def test_a_bootstrap_interval_is_widened():
+    rng = np.random.default_rng(5)
+    y = np.arange(60) % 2
+    p = np.clip(0.3 * y + rng.random(60) * 0.7, 0, 1)
+    patients = [str(i) for i in range(60)]
+    value = auroc(y, p)
+    plain = bootstrap_ci(weighted_auroc, y, p, patients, seed=0)
+    wide = bootstrap_ci(weighted_auroc, y, p, patients, seed=0, inflation=1.44)
+    np.testing.assert_allclose(np.subtract(wide, value), 1.2 * np.subtract(plain, value))
+
+
+@pytest.mark.parametrize(
+    ("trained", "tested", "distinct", "factor"),
+    [
+        ([80] * 5, [20] * 5, 100, 2.25),
+        ([90] * 10, [10] * 10, 100, 1 + 10 / 9),
+        ([70] * 10, [10] * 10, 100, 1 + 10 / 9),  # a validation part is nothing that the folds do not share
+        ([8] * 10, [10] * 10, 100, 1 + 10 / 9),  # few shots
+        ([90] * 10, [10] * 10, 60, 1 + 60 / 90),  # random parts
+        ([100], [50], 50, 1.0),  # one head
+    ],
+)
+def test_the_factor_of_folds(trained, tested, distinct, factor):
+    assert fold_inflation(trained, tested, distinct) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("seed", range(10))

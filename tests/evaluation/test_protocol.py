@@ -76,10 +76,7 @@ def test_a_difference_that_is_there_is_found(tmp_path, head):
 
 
 def test_nothing_is_found_in_nothing(tmp_path):
-    """Labels drawn by lot, two encoders of noise: no AUROC but one half, and no encoder better than the other.
-
-    The interval of one AUROC is too narrow, as documented, by the chance in what was learnt; a comparison is not.
-    """
+    """Labels drawn by lot, two encoders of noise: no AUROC but one half, and no encoder better than the other."""
     first, cohort = two_classes(tmp_path, shift=0, slides=1, encoder="first")
     second, _ = two_classes(tmp_path, shift=0, slides=1, encoder="second", seed=1)
     patients, draws, aurocs, covered, different = [slide.patient for slide in cohort], 40, [], 0, 0
@@ -91,7 +88,7 @@ def test_nothing_is_found_in_nothing(tmp_path):
         covered += a.auroc_ci[0] <= 0.5 <= a.auroc_ci[1]
         different += compare(a, b, resamples=300).p < 0.05
     assert np.mean(aurocs) == pytest.approx(0.5, abs=0.05)
-    assert covered >= 0.7 * draws
+    assert covered >= 0.85 * draws
     assert different <= 0.1 * draws
 
 

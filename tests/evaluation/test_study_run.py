@@ -71,7 +71,7 @@ def test_stores_with_different_slides_are_compared_on_those_of_both(tmp_path):
     good, poor = make(tmp_path, patients=20), make(tmp_path, patients=20, encoder="poor")
     poor.store.path("s003_0").unlink()
     stores = [str(good.store.folder), str(poor.store.folder)]
-    study = run_study(options(good, embeddings=stores, null=False), tmp_path / "study")
+    study = run_study(options(good, embeddings=stores, shuffled=False), tmp_path / "study")
     assert [arm.result.n_slides for arm in study.arms] == [19, 19]
     assert study.excluded["no embeddings"] == ("s003_0",)
     bag = poor.store.read("s004_0")
@@ -83,7 +83,7 @@ def test_stores_with_different_slides_are_compared_on_those_of_both(tmp_path):
 def test_heads_are_tested_on_another_cohort(tmp_path):
     home, away = make(tmp_path / "home", patients=30), make(tmp_path / "away", patients=20, first=100)
     external = {"embeddings": [str(away.store.folder)], "labels": str(away.labels)}
-    study = run_study(options(home, external=external, null=False), tmp_path / "study")
+    study = run_study(options(home, external=external, shuffled=False), tmp_path / "study")
     _, outside = study.arms
     assert outside.label == "linear, tested on labels.csv"
     assert outside.result.n_slides == 20
@@ -92,7 +92,7 @@ def test_heads_are_tested_on_another_cohort(tmp_path):
     assert not study.comparisons
     same = {"embeddings": [str(home.store.folder)], "labels": str(home.labels)}
     with pytest.raises(EvaluationError, match="p000"):
-        run_study(options(home, external=same, null=False), tmp_path / "leak")
+        run_study(options(home, external=same, shuffled=False), tmp_path / "leak")
 
 
 def test_survival_with_omics(tmp_path):
@@ -111,7 +111,7 @@ def test_survival_with_omics(tmp_path):
         "omics": str(tmp_path / "omics.csv"),
         "signatures": str(tmp_path / "signatures.csv"),
         "splits": {"folds": 2},
-        "null": False,
+        "shuffled": False,
     }
     study = run_study(options(made, **values), tmp_path / "study")
     assert study.excluded == {"no omics": ("p023",)}
@@ -137,7 +137,7 @@ def options_of(store, tmp_path):
         StudyOptions,
         {
             "embeddings": [str(store.folder)], "labels": str(tmp_path / "none.csv"), "target": "kind",
-            "heads": ["abmil"], "options": {"abmil": FAST}, "splits": {"folds": 2}, "null": False, "tiles": 4,
+            "heads": ["abmil"], "options": {"abmil": FAST}, "splits": {"folds": 2}, "shuffled": False, "tiles": 4,
             "resamples": 9,
         },
     )  # fmt: skip

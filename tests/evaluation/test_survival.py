@@ -1,11 +1,13 @@
 """Concordance, curves and tests of survival: by hand, against plain loops, and against scikit-survival where it is."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from gigatome.core.errors import EvaluationError
+from gigatome.evaluation.cox import log_likelihood
 from gigatome.evaluation.survival import (
     auroc_at,
     brier_at,
@@ -303,6 +305,40 @@ def test_all_censored_is_said():
     )
     with pytest.raises(EvaluationError, match="all of the tested are censored"):
         score_survival(nobody, train_parts(rows), seed=0)
+
+
+def test_a_wider_interval_of_every_score():
+    rows, _ = predictions(7)
+    plain, wide = (
+        score_survival(rows, train_parts(rows), seed=0, resamples=300, inflation=inflation) for inflation in (1.0, 1.96)
+    )
+    for name in ("c_index", "uno"):
+        assert getattr(plain, name) == getattr(wide, name)
+        ends = [np.subtract(getattr(scores, f"{name}_ci"), getattr(plain, name)) for scores in (plain, wide)]
+        np.testing.assert_allclose(ends[1], 1.4 * ends[0])
+    ends = [np.log(np.divide(scores.hazard_ratio_ci, plain.hazard_ratio)) for scores in (plain, wide)]
+    np.testing.assert_allclose(ends[1], 1.4 * ends[0])
+
+
+def test_the_hazard_ratio_of_the_groups_is_within_folds():
+    rows, _ = predictions(7)
+    scores = score_survival(rows, train_parts(rows), seed=0, resamples=20)
+    model = coefficient_of_strata(rows.time, rows.event, rows.high.astype(float), rows.folds)
+    assert np.log(scores.hazard_ratio) == pytest.approx(model, abs=1e-3)
+    assert 1 < scores.hazard_ratio_ci[0] < scores.hazard_ratio < scores.hazard_ratio_ci[1]
+    alike = dataclasses.replace(rows, high=np.ones(len(rows), bool))
+    none = score_survival(alike, train_parts(rows), seed=0, resamples=20)
+    assert np.isnan([none.hazard_ratio, *none.hazard_ratio_ci]).all()
+
+
+def coefficient_of_strata(time, event, x, strata):
+    """Cox's coefficient by search, of strata that :func:`log_likelihood` knows one by one."""
+    tried = np.linspace(-4, 4, 801)
+    groups = [strata == k for k in np.unique(strata)]
+    value = [sum(log_likelihood(time[g], event[g], b * x[g]) for g in groups) for b in tried]
+    k = int(np.argmax(value))
+    a, b, c = value[k - 1 : k + 2]
+    return tried[k] + 0.5 * (tried[1] - tried[0]) * (a - c) / (a - 2 * b + c)
 
 
 @pytest.mark.slow

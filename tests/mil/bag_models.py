@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from gigatome.mil import segments
+from gigatome.mil import abmil, segments
 from gigatome.mil.model import BagBatch
 
 
@@ -42,6 +42,7 @@ def seeded(make, seed=0):
 def as_on_accelerator(monkeypatch):
     """Takes the path of a device whose bounds the host does not know."""
     monkeypatch.setattr(segments, "_spans", lambda bags: None)
+    monkeypatch.setattr(abmil, "can_pool", lambda layers, x: False)
 
 
 def check_model(model, bags: BagBatch, monkeypatch, *, idle=()):

@@ -40,7 +40,7 @@ def evaluate(
     tiles_per_slide: int | None = typer.Option(None, help="With --level tile: the most tiles of a slide."),
     encoder: str | None = typer.Option(None, help="Which encoder's embeddings, where the store holds several."),
     compare: bool = typer.Option(False, "--compare", help="Test every arm against the first."),
-    null: bool = typer.Option(False, "--null", help="Add a row that learnt from shuffled outcomes."),
+    shuffled: bool = typer.Option(False, "--shuffled", help="Add a row that learnt from shuffled outcomes."),
     few_shot: list[int] = typer.Option([], help="Training units of a point of a learning curve; several times."),
     assignments: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Option of a study, such as options.abmil.fit.epochs=50."
@@ -52,7 +52,7 @@ def evaluate(
 ) -> None:
     """Say how well heads on the embeddings predict an outcome; patients never on both sides of a split."""
     console = Console(highlight=False)
-    alone = len(stores) == 1 and len(heads) == 1 and not (compare or null or few_shot or assignments)
+    alone = len(stores) == 1 and len(heads) == 1 and not (compare or shuffled or few_shot or assignments)
     whole = out is not None and out.suffix != ".json"
     if stores[0].suffix in (".yaml", ".yml"):
         _run(_from_file(stores, assignments), out, console, as_json)
@@ -78,7 +78,7 @@ def evaluate(
             "splits": {**split, "group": "site" if sites else "patient"},
             "split_file": None if split else folds,
             "leaks": leaks,
-            "null": null,
+            "shuffled": shuffled,
             "compare": compare or len(stores) * len(heads) > 1,
             "few_shot": few_shot,
             "seed": seed,

@@ -1,7 +1,8 @@
 """Cox's regression on frozen embeddings: the linear probe of survival."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from gigatome.core.errors import EvaluationError
 from gigatome.core.extras import require
 from gigatome.core.logs import log
-from gigatome.evaluation.survival_curves import checked
+from gigatome.evaluation.survival_curves import checked, members_of
 
 _PURPOSE = "fit Cox's regression"
 
@@ -136,6 +137,75 @@ def log_likelihood(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
     return ties.value(risk[ties.order])
 
 
+@dataclass(frozen=True)
+class HazardRatio:
+    """How many times as often those die whose covariate is one higher.
+
+    Attributes:
+        value: e to the power of Cox's coefficient.
+        ci: its Wald interval.
+    """
+
+    value: float
+    ci: tuple[float, float]
+
+
+def hazard_ratio(
+    time: ArrayLike,
+    event: ArrayLike,
+    x: ArrayLike,
+    *,
+    strata: ArrayLike | None = None,
+    clusters: Sequence[str] | None = None,
+    inflation: float = 1.0,
+    level: float = 0.95,
+) -> HazardRatio:
+    """Cox's regression on one covariate without a penalty, such as a group, or a risk in deviations.
+
+    Source: Cox, "Regression models and life-tables", 1972, Efron's ties; for clusters the robust variance of Lin and
+    Wei, "The robust inference for the Cox proportional hazards model", JASA 84, 1989.
+
+    Args:
+        time: to event or censoring, [N].
+        event: whether the event was seen, [N].
+        x: covariate, [N]; a bool compares true with false.
+        strata: each has a hazard of its own, [N].
+        clusters: the patient of each sample, [N], where patients have several.
+        inflation: factor on the variance of the coefficient, for what it does not know of.
+        level: coverage of the interval.
+
+    Returns:
+        NaN if nothing is compared, as where all are in one group; infinite or 0, with no interval, if at each event
+        the highest, or lowest, of those at risk died.
+
+    Raises:
+        EvaluationError: something is not finite.
+    """
+    time, event, x = checked(time, event, x)
+    if clusters is not None and len(clusters) != len(time):
+        raise ValueError(f"need a cluster for each of the {len(time)} samples, not {len(clusters)}")
+    reach = float(np.ptp(x)) if len(x) else 0.0
+    z = (x - x.min()) / reach if reach > 0 else np.zeros(len(x))
+    groups = [rows for rows in members_of(strata, len(time)) if event[rows].any()]
+    cases = [(ties, z[rows][ties.order]) for rows in groups for ties in [_Ties(time[rows], event[rows])]]
+    above = sum(float(np.sum(np.maximum.accumulate(z)[t.last] - z[t.dead])) for t, z in cases)
+    below = sum(float(np.sum(z[t.dead] - np.minimum.accumulate(z)[t.last])) for t, z in cases)
+    if above == 0 or below == 0:
+        value = float("nan") if above == below else (float("inf") if above == 0 else 0.0)
+        return HazardRatio(value, (float("nan"), float("nan")))
+    beta, information = _single_coefficient(cases)
+    variance = 1 / information
+    if clusters is not None:
+        residual = np.zeros(len(time))
+        for rows, (ties, values) in zip(groups, cases, strict=True):
+            residual[rows[ties.order]] = _residuals(ties, values, beta)
+        _, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+        variance = float(np.sum(np.bincount(cluster, residual) ** 2)) / information**2
+    wide = NormalDist().inv_cdf((1 + level) / 2) * (variance * inflation) ** 0.5
+    low, value, high = (float(np.exp(b / reach)) for b in (beta - wide, beta, beta + wide))
+    return HazardRatio(value, (low, high))
+
+
 class _Ties:
     """The risk sets of a cohort sorted by time from the last to the first, and Efron's term of each event."""
 
@@ -198,3 +268,38 @@ def _maximise(
             return beta
     log.warning("Cox's regression has not converged in %d steps; raise max_iter or penalty", max_iter)
     return beta
+
+
+_Case = tuple[_Ties, NDArray[np.float64]]
+"""The risk sets of a stratum, and the covariate [N] in their order."""
+
+
+def _single_coefficient(cases: Sequence[_Case]) -> tuple[float, float]:
+    """Coefficient of one covariate from 0 to 1, which must be finite, and the information there."""
+    low, high, beta = -np.inf, np.inf, 0.0
+    while True:
+        gradient = information = 0.0
+        for ties, z in cases:
+            hazard = np.exp(beta * z - max(beta, 0.0))
+            total = ties.sums(hazard)
+            mean, square = ties.sums(hazard * z) / total, ties.sums(hazard * z**2) / total
+            gradient += float(np.sum(z[ties.dead] - mean))
+            information += float(np.sum(square - mean**2))
+        move = float(np.clip(gradient / max(information, 1e-300), -2.0, 2.0))
+        if abs(move) <= 1e-10 * (1 + abs(beta)):
+            return beta, information
+        low, high = (beta, high) if gradient > 0 else (low, beta)  # the gradient falls: a bracket of its zero
+        new = beta + move if low < beta + move < high else (low + high) / 2
+        if abs(new - beta) <= 1e-10 * (1 + abs(beta)):
+            return beta, information
+        beta = new
+
+
+def _residuals(ties: _Ties, z: NDArray[np.float64], beta: float) -> NDArray[np.float64]:
+    """What each sample [N], in the order of ``ties``, adds to the gradient, with the chance in who is at risk."""
+    hazard = np.exp(beta * z - max(beta, 0.0))
+    total = ties.sums(hazard)
+    mean = ties.sums(hazard * z) / total
+    residual = -hazard * (z * ties.spread(1 / total) - ties.spread(mean / total))
+    residual[ties.dead] += z[ties.dead] - (np.bincount(ties.group, mean) / np.bincount(ties.group))[ties.group]
+    return residual

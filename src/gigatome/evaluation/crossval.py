@@ -1,6 +1,6 @@
 """Learning on one part of each split, predicting the other, and scoring what was predicted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,7 @@ def class_result(
             predictions.patients,
             seed=setting.seed,
             resamples=setting.resamples,
+            inflation=inflation_of([run.split for run in runs]),
         ),
         by_slide={},
         folds=folds,
@@ -135,6 +136,12 @@ def class_result(
         unlabelled=unlabelled,
         without_embeddings=left_out(units),
     )
+
+
+def inflation_of(parts: Sequence[Split]) -> float:
+    """Factor on the variance of the pooled scores of these splits, :func:`metrics.fold_inflation`."""
+    distinct = len(set(np.concatenate([part.test for part in parts]).tolist()))
+    return metrics.fold_inflation([len(part.train) for part in parts], [len(part.test) for part in parts], distinct)
 
 
 def left_out(units: Units) -> tuple[str, ...]:
@@ -181,7 +188,13 @@ def survival_result(units: Units, splits: Splits, runs: list[FoldRun], setting: 
         level=units.level,
         n_slides=sum(len(units.slides[i]) for i in set(tested.tolist())),
         n_patients=len(set(predictions.patients)),
-        scores=score_survival(predictions, follow, seed=setting.seed, resamples=setting.resamples),
+        scores=score_survival(
+            predictions,
+            follow,
+            seed=setting.seed,
+            resamples=setting.resamples,
+            inflation=inflation_of([run.split for run in runs]),
+        ),
         folds=score_folds(predictions, [len(run.split.train) for run in runs]),
         predictions=predictions,
         seed=setting.seed,

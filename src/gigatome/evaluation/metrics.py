@@ -157,6 +157,7 @@ def bootstrap_ci(
     seed: int,
     resamples: int = 2000,
     level: float = 0.95,
+    inflation: float = 1.0,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a score, resampling whole patients.
 
@@ -172,6 +173,7 @@ def bootstrap_ci(
         seed: of the resampling.
         resamples: how many.
         level: coverage.
+        inflation: factor on the variance, see :func:`score_interval`.
 
     Returns:
         Lower and upper bound; NaN if fewer than half of the resamples have a score, as with very few patients.
@@ -179,7 +181,7 @@ def bootstrap_ci(
     y, p = _checked(y, p)
     _check_patients(patients, len(y))
     drawn = bootstrap(lambda weights: statistic(y, p, weights), patients, seed=seed, resamples=resamples)
-    return percentile_interval(drawn, level)
+    return score_interval(float(statistic(y, p, np.ones((1, len(y))))[0]), drawn, level=level, inflation=inflation)
 
 
 def paired_difference(
@@ -273,6 +275,23 @@ def percentile_interval(drawn: NDArray[np.float64], level: float = 0.95) -> tupl
     return float(low), float(high)
 
 
+def score_interval(
+    value: float, drawn: NDArray[np.float64], *, level: float = 0.95, inflation: float = 1.0
+) -> tuple[float, float]:
+    """:func:`percentile_interval` of a score from 0 to 1, its spread about the score widened.
+
+    Args:
+        value: the score.
+        drawn: that of resampled patients, [R].
+        level: coverage.
+        inflation: factor on the variance about ``value``, as :func:`fold_inflation` gives; bounds end at 0 and 1.
+    """
+    if inflation == 1:
+        return percentile_interval(drawn, level)
+    low, high = percentile_interval(value + (drawn - value) * inflation**0.5, level)
+    return max(low, 0.0), min(high, 1.0)
+
+
 def variance_factor(tested: float, trained: float) -> float:
     """Factor on the variance of a pooled test score for the chance in which units the classifiers learnt from.
 
@@ -284,6 +303,21 @@ def variance_factor(tested: float, trained: float) -> float:
         trained: units that a fold learnt from, on average.
     """
     return 1 + tested / trained
+
+
+def fold_inflation(trained: Sequence[int], tested: Sequence[int], distinct: int) -> float:
+    """:func:`variance_factor` for the interval of a pooled score of several folds; 1 for a single split.
+
+    A single split, such as an external test cohort, has one head, and the interval is about this head. Folds that learn
+    from few of the units that they do not test have few in common, so that what they leave out counts as learnt from.
+
+    Args:
+        trained: units that each fold learnt from.
+        tested: units that each fold tested.
+        distinct: different units that all folds together tested.
+    """
+    learnt = max(float(np.mean(trained)), distinct - float(np.mean(tested)))
+    return variance_factor(distinct, learnt) if len(trained) > 1 else 1.0
 
 
 def pair_sums(

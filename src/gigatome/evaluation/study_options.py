@@ -62,7 +62,7 @@ class StudyOptions:
         external: another cohort to test on too.
         omics: table of omics, for heads that take them and for the fusion of the others with them; MCAT's form.
         signatures: table of the genes of each group; needed with ``omics``.
-        null: add a row whose heads learnt from shuffled outcomes: the first head on the first embeddings.
+        shuffled: add a row whose heads learnt from shuffled outcomes: the first head on the first embeddings.
         null_embeddings: embeddings by an encoder with random weights, for null rows with the same heads.
         compare: test the arms against the first.
         few_shot: numbers of training units, for learning curves.
@@ -90,7 +90,7 @@ class StudyOptions:
     external: External | None = None
     omics: str | None = None
     signatures: str | None = None
-    null: bool = True
+    shuffled: bool = True
     null_embeddings: tuple[str, ...] = ()
     compare: bool = True
     few_shot: tuple[int, ...] = ()

@@ -77,7 +77,7 @@ def run_study(
         for name, head in heads.items():
             label = f"{name} on {names[k]}" if len(stores) > 1 else name
             learnt.append(_learn(options, store, given, label, name, head, null=null, progress=progress))
-    if options.null:
+    if options.shuffled:
         name, head = next(iter(heads.items()))
         label = f"{name}, shuffled outcomes"
         learnt.append(

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gigatome.core.errors import EvaluationError
-from gigatome.evaluation.metrics import bootstrap, pair_sums, percentile_interval
+from gigatome.evaluation.cox import hazard_ratio
+from gigatome.evaluation.metrics import bootstrap, pair_sums, score_interval
 from gigatome.evaluation.survival_curves import LogRank as LogRank
 from gigatome.evaluation.survival_curves import SurvivalCurve as SurvivalCurve
 from gigatome.evaluation.survival_curves import checked, logrank, members_of
@@ -223,8 +224,15 @@ def score_survival(
     times: Sequence[float] | None = None,
     seed: int,
     resamples: int = 2000,
+    inflation: float = 1.0,
 ) -> SurvivalScores:
     """All scores of out-of-fold risks; pairs, curves and tests within folds, intervals over patients.
+
+    With the ``inflation`` of cross-validation, the intervals are about what is expected of a head that learns from as
+    many patients of this kind. In 8 kinds of simulated cohorts (60 to 240 patients, 8 or 64 dimensions, 5 or 10 folds,
+    log hazard ratios of 0 to 1.2 a deviation, linear Cox, 200 cohorts each) they held the expected c-index in 97 to 100
+    of 100 and hazard ratio in 98 to 100: they are wider than they need be. Without, in 89 to 96 and 83 to 95; about one
+    fixed head on another cohort, in 92 to 94 and 94 to 96. In small strata a hazard ratio is somewhat too far from 1.
 
     Args:
         predictions: of every test unit.
@@ -232,6 +240,8 @@ def score_survival(
         times: at which to give the AUROC; by default the quartiles of the times of the events.
         seed: of the resampling.
         resamples: how many.
+        inflation: factor on the variance of all scores, for the chance in which patients the heads learnt from, as
+            :func:`~gigatome.evaluation.metrics.fold_inflation` gives; 1 for one fixed head.
 
     Raises:
         EvaluationError: nobody had the event.
@@ -253,19 +263,24 @@ def score_survival(
     one = np.ones((1, len(rows)))
     value = both(one)[0]
     drawn = bootstrap(both, rows.patients, seed=seed, resamples=resamples)
+    c_ci, uno_ci = (score_interval(float(value[k]), drawn[:, k], inflation=inflation) for k in range(2))
     split = len(np.unique(rows.high)) == 2
+    clusters = rows.patients if len(set(rows.patients)) < len(rows) else None
+    ratio = hazard_ratio(rows.time, rows.event, rows.high, strata=rows.folds, clusters=clusters, inflation=inflation)
     return SurvivalScores(
         n=len(rows),
         events=int(rows.event.sum()),
         c_index=float(value[0]),
-        c_index_ci=percentile_interval(drawn[:, 0]),
+        c_index_ci=c_ci,
         uno=float(value[1]),
-        uno_ci=percentile_interval(drawn[:, 1]),
+        uno_ci=uno_ci,
         times=tuple(at.tolist()),
         auroc_at=tuple(
             weighted_auroc_at(rows.time, rows.event, rows.risk, one, at, inverse, strata=rows.folds)[0].tolist()
         ),
         logrank_p=logrank(rows.time, rows.event, rows.high, strata=rows.folds).p if split else float("nan"),
+        hazard_ratio=ratio.value,
+        hazard_ratio_ci=ratio.ci,
     )
 
 

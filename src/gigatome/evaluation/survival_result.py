@@ -17,7 +17,7 @@ from gigatome.evaluation.result import plain
 
 @dataclass(frozen=True)
 class SurvivalScores:
-    """Scores of out-of-fold risks, with 95 % bootstrap intervals over patients.
+    """Scores of out-of-fold risks, with 95 % intervals; see :func:`~gigatome.evaluation.survival.score_survival`.
 
     Pairs of patients are compared only within a fold, because risks of different folds' models have different scales.
 
@@ -31,6 +31,9 @@ class SurvivalScores:
         times: at which ``auroc_at`` holds, in the target's unit.
         auroc_at: cumulative/dynamic AUROC at ``times``.
         logrank_p: of those above against those below the median risk of their fold's training part.
+        hazard_ratio: of the same two groups, stratified by fold; NaN where no fold has both, infinite or 0 where those
+            of one group alone died.
+        hazard_ratio_ci: its interval, by Wald; NaN where the ratio is not finite and above 0.
     """
 
     n: int
@@ -42,6 +45,8 @@ class SurvivalScores:
     times: tuple[float, ...]
     auroc_at: tuple[float, ...]
     logrank_p: float
+    hazard_ratio: float = float("nan")
+    hazard_ratio_ci: tuple[float, float] = (float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)

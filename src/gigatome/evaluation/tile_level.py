@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from gigatome.core.logs import Progress, silent
 from gigatome.core.seeding import generator
 from gigatome.embeddings.store import EmbeddingStore
-from gigatome.evaluation.crossval import Setting, fold_score, left_out
+from gigatome.evaluation.crossval import Setting, fold_score, inflation_of, left_out
 from gigatome.evaluation.heads import Prediction
 from gigatome.evaluation.probes import Probe, fit_predict
 from gigatome.evaluation.result import EvaluationResult, FoldScore, Predictions, Scores, score
@@ -67,6 +67,7 @@ def evaluate_tiles(
         probabilities=np.concatenate(found),
     )
     case = predictions.y, predictions.probabilities, predictions.patients
+    inflation = inflation_of(splits.parts)
     return EvaluationResult(
         target=setting.target,
         head=setting.head,
@@ -76,8 +77,8 @@ def evaluate_tiles(
         classes=outcome.classes,
         n_slides=len(set(predictions.slides)),
         n_patients=len(set(predictions.patients)),
-        scores=score(*case, seed=setting.seed, resamples=setting.resamples),
-        by_slide=_by_slide(predictions, setting.seed, setting.resamples),
+        scores=score(*case, seed=setting.seed, resamples=setting.resamples, inflation=inflation),
+        by_slide=_by_slide(predictions, setting.seed, setting.resamples, inflation),
         folds=tuple(folds),
         predictions=predictions,
         seed=setting.seed,
@@ -105,7 +106,7 @@ def _tiles(
     return np.concatenate(parts), slide, np.concatenate(tiles)
 
 
-def _by_slide(tiles: Predictions, seed: int, resamples: int) -> dict[str, Scores]:
+def _by_slide(tiles: Predictions, seed: int, resamples: int, inflation: float) -> dict[str, Scores]:
     """Scores of slides from their tiles: by the mean probability, and by majority vote."""
     keys = list(zip(tiles.folds.tolist(), tiles.slides, strict=True))
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
@@ -119,5 +120,5 @@ def _by_slide(tiles: Predictions, seed: int, resamples: int) -> dict[str, Scores
     for name, values in (("mean", tiles.probabilities), ("majority", votes)):
         total = np.zeros((len(first), values.shape[1]))
         np.add.at(total, member, values)
-        result[name] = score(y, total / size, patients, seed=seed, resamples=resamples)
+        result[name] = score(y, total / size, patients, seed=seed, resamples=resamples, inflation=inflation)
     return result

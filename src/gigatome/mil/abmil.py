@@ -5,6 +5,7 @@ from typing import Any, Literal, Self, final
 
 from torch import Tensor, nn
 
+from gigatome.mil.attention import Attended, AttentionLayers, attention_pool, can_pool
 from gigatome.mil.model import BagBatch, BagModel, BagOutput
 from gigatome.mil.segments import segment_pool, segment_softmax
 
@@ -53,6 +54,35 @@ def embedded_attention(
         nn.Dropout(dropout),
         attention_network(hidden, width, branches, gated=gated, dropout=dropout),
     )
+
+
+def layers_of(network: nn.Sequential) -> AttentionLayers:
+    """The layers of an :func:`embedded_attention`, with its dropout if it is in training."""
+    parts: list[Any] = list(network)
+    embed, _, dropout, attention = parts
+    if isinstance(attention, GatedAttention):
+        branches: Any = (attention.attention_a[0], attention.attention_b[0])
+        last = attention.attention_c
+        inner: Any = attention.attention_a[2]
+    else:
+        branches, last = (attention[0],), attention[-1]
+        inner = attention[2] if len(attention) == 4 else None
+    rates = (dropout.p, inner.p if inner else 0.0) if network.training else (0.0, 0.0)
+    return AttentionLayers(embed, branches, last, rates)
+
+
+def attend(network: nn.Sequential, bags: BagBatch) -> Attended:
+    """Pools each bag by an :func:`embedded_attention`; instances h and scores are given too."""
+    if can_pool(layers := layers_of(network), bags.x):
+        return attention_pool(layers, bags.x, bags)
+    h, scores = embed_and_score(network, bags.x)
+    return pool(h, scores, bags)
+
+
+def pool(h: Tensor, scores: Tensor, bags: BagBatch) -> Attended:
+    """Sums of instances h [T, H] by the softmax of their scores [T, K] over each bag."""
+    attention = segment_softmax(scores, bags)
+    return Attended(segment_pool(attention, h, bags), attention, scores.detach(), h)
 
 
 def embed_and_score(network: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,20 +165,25 @@ class Abmil(BagModel):
 
     def forward(self, bags: BagBatch) -> BagOutput:
         """Logits [B, outputs] and weights [T, branches]."""
-        h, scores = self._scores(bags.x)
-        attention = segment_softmax(scores, bags)
-        pooled = segment_pool(attention, h, bags).flatten(1)
+        attended = attend(self.attention_net, bags) if self.form == "mcat" else self._attend(bags)
+        pooled = attended.pooled.flatten(1)
         if hasattr(self, "rho"):
             pooled = self.rho(pooled)
-        return BagOutput(self.classifier(pooled).float(), attention)
+        return BagOutput(self.classifier(pooled).float(), attended.attention)
 
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.form == "mcat":
-            return embed_and_score(self.attention_net, x)
-        h = self.feature_extractor_part2(x)
+    def _attend(self, bags: BagBatch) -> Attended:
+        """With the layers of Ilse's names."""
+        before: list[Any] = list(self.feature_extractor_part2)
+        if before:
+            branches: Any = (self.attention_V[0], self.attention_U[0]) if self.gated else (self.attention[0],)
+            last: Any = self.attention_w if self.gated else self.attention[2]
+            layers = AttentionLayers(before[0], branches, last, (before[2].p if self.training else 0.0, 0.0))
+            if can_pool(layers, bags.x):
+                return attention_pool(layers, bags.x, bags)
+        h = self.feature_extractor_part2(bags.x)
         if self.gated:
-            return h, self.attention_w(self.attention_V(h) * self.attention_U(h))
-        return h, self.attention(h)
+            return pool(h, self.attention_w(self.attention_V(h) * self.attention_U(h)), bags)
+        return pool(h, self.attention(h), bags)
 
 
 def _old_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

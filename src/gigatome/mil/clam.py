@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that PyTorch users know
 from torch import Tensor, nn
 
-from gigatome.mil.abmil import embed_and_score, embedded_attention, xavier_linear
+from gigatome.mil.abmil import attend, embedded_attention, xavier_linear
 from gigatome.mil.model import BagBatch, BagModel, BagOutput, Criterion, Targets
-from gigatome.mil.segments import segment_extremes, segment_pool, segment_softmax
+from gigatome.mil.segments import segment_extremes
 
 
 @final
@@ -96,14 +96,12 @@ class Clam(BagModel):
         That is float [B, C, 2 · samples, 3]: of each bag and class, the two logits of its most attended, then of its
         least attended instances, and 1 or, where the bag has too few instances, 0.
         """
-        h, scores = embed_and_score(self.attention_net, bags.x)
-        attention = segment_softmax(scores, bags)
-        pooled = segment_pool(attention, h, bags)
+        pooled, attention, scores, h = attend(self.attention_net, bags)
         if isinstance(self.classifiers, nn.ModuleList):
             logits = torch.cat([layer(pooled[:, c]) for c, layer in enumerate(self.classifiers)], 1)
         else:
             logits = self.classifiers(pooled.squeeze(1))
-        instances = self._instances(h, scores.detach(), bags) if self.options.instance_weight else None
+        instances = self._instances(h, scores, bags) if self.options.instance_weight else None
         return BagOutput(logits.float(), attention, instances)
 
     def _instances(self, h: Tensor, scores: Tensor, bags: BagBatch) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that PyTorch users know
 from torch import Tensor, nn
 
-_LEVELS = 256
+LEVELS = 256  # of a rate
 _FEW = 1 << 14  # elements below which PyTorch's own is as fast
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fast_dropout(x: Tensor, p: float) -> Tensor:
@@ -25,12 +26,28 @@ def fast_dropout(x: Tensor, p: float) -> Tensor:
         x: real, any shape.
         p: in [0, 1].
     """
-    dropped = round(p * _LEVELS)
-    if x.device.type != "cpu" or x.numel() < _FEW or not 0 < dropped < _LEVELS:
+    dropped = round(p * LEVELS)
+    if x.device.type != "cpu" or x.numel() < _FEW or not 0 < dropped < LEVELS:
         return F.dropout(x, p)
     words = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 8))
     kept = torch.from_numpy(words.view(np.uint8)[: x.numel()]).view(x.shape) >= dropped
-    return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+    return x * kept.to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
+
+
+def drop_(x: Tensor, dropped: int, random: np.random.SFC64) -> None:
+    """Makes each element 0 with probability ``dropped`` / 256, in place and without a gradient; the rest stay.
+
+    Args:
+        x: real [N, D] on the CPU, D values of a row side by side.
+        dropped: 0 to 255.
+        random: drawn from, a byte an element.
+    """
+    if not dropped:
+        return
+    words = random.random_raw(-(-x.numel() // 8))
+    kept = torch.from_numpy(np.greater_equal(words.view(np.uint8)[: x.numel()], np.uint8(dropped)).view(np.int8))
+    bits = _BITS[x.element_size()]
+    x.view(bits).bitwise_and_(kept.view(x.shape).to(bits).neg_())  # -1 has all bits
 
 
 @contextmanager
