@@ -59,8 +59,8 @@ def test_survival_of_either_sign(made, tmp_path):
 def test_a_study_and_new_slides(made, tmp_path):
     said = run(
         "evaluate", made.store.job, "--labels", made.labels, "--target", "subtype",
-        "--head", "linear", "--head", "abmil", "--folds", 3, "--shuffled", "--set", "options.abmil.fit.epochs=2", "--set", "resamples=50", "--set", "tiles=0",
-        "-o", tmp_path / "study",
+        "--head", "linear", "--head", "abmil", "--folds", 3, "--shuffled", "-o", tmp_path / "study",
+        "--set", "options.abmil.fit.epochs=2", "--set", "resamples=50", "--set", "tiles=0",
     )  # fmt: skip
     assert said.exit_code == 0
     output = " ".join(said.output.split())

@@ -71,7 +71,17 @@ def survival_result(strength, *, n=260, folds=5, seed=0):
         n_slides=n + 40,
         n_patients=n,
         scores=SurvivalScores(
-            n, int(event.sum()), 0.683, (0.62, 0.74), 0.671, (0.61, 0.73), (12.0, 36.0, 60.0), (0.71, 0.69, NAN), 2e-5
+            n,
+            int(event.sum()),
+            0.683,
+            (0.62, 0.74),
+            0.671,
+            (0.61, 0.73),
+            (12.0, 36.0, 60.0),
+            (0.71, 0.69, NAN),
+            2e-5,
+            hazard_ratio=1.9,
+            hazard_ratio_ci=(1.4, 2.6),
         ),
         folds=tuple(SurvivalFold(k, n * 4 // 5, n // 5, 20, 0.66 + 0.02 * k) for k in range(folds)),
         predictions=SurvivalPredictions(names, names, fold, time, event, risk, risk > 0, *[np.zeros((n, 0))] * 2),

@@ -145,3 +145,11 @@ def test_folders_that_hold_no_heads(made, tmp_path):
     (tmp_path / "models" / "one" / "fold_1.safetensors").write_bytes(b"nothing")
     with pytest.raises(StoreError, match="holds no saved heads"):
         load_model(tmp_path / "models" / "one")
+
+
+def test_a_table_says_whose_the_slides_are(made, tmp_path):
+    keep(made, tmp_path / "model")
+    new = make(tmp_path / "new", patients=3, slides=2, first=600, weights="w1")
+    model, rows, _ = predict_slides(tmp_path / "model", new.store, by_patient=True, patients=new.labels)
+    assert [row.name for row in rows] == ["p600", "p601", "p602"]
+    assert predictions_csv(model, rows).startswith("patient,predicted")

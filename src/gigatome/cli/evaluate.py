@@ -55,6 +55,8 @@ def evaluate(
     alone = len(stores) == 1 and len(heads) == 1 and not (compare or shuffled or few_shot or assignments)
     whole = out is not None and out.suffix != ".json"
     if stores[0].suffix in (".yaml", ".yml"):
+        if labels or target or time or shuffled or compare or few_shot:
+            raise typer.BadParameter("a study's file states all this itself; change it with --set", param_hint="STORES")
         _run(_from_file(stores, assignments), out, console, as_json)
     elif alone and not whole and not sites:
         _one(
@@ -190,11 +192,11 @@ def _show(result: "EvaluationResult | SurvivalResult", console: Console) -> None
 
 def _show_survival(result: "SurvivalResult", table: Table, console: Console) -> None:
     scores = result.scores
-    for column in ("", "n", "events", "c-index", "95 % interval", "Uno's", "95 % interval", "log-rank p"):
+    for column in ("", "n", "events", "c-index", "95 % interval", "hazard ratio", "95 % interval", "log-rank p"):
         table.add_column(column, justify="left" if column == "" else "right")
     table.add_row(
         f"{result.level}s", str(scores.n), str(scores.events), f"{scores.c_index:.3f}", _interval(scores.c_index_ci),
-        f"{scores.uno:.3f}", _interval(scores.uno_ci), f"{scores.logrank_p:.3g}",
+        f"{scores.hazard_ratio:.2f}", _interval(scores.hazard_ratio_ci), f"{scores.logrank_p:.3g}",
     )  # fmt: skip
     console.print(table)
     mean, deviation = result.fold_c_index
@@ -204,7 +206,7 @@ def _show_survival(result: "SurvivalResult", table: Table, console: Console) -> 
 
 
 def _show_study(study: "Study", console: Console) -> None:
-    from gigatome.evaluation.study_files import headline
+    from gigatome.evaluation.study_files import headline, spread
 
     table = Table(title=study.title, title_justify="left")
     first = headline(study.arms[0].result)
@@ -212,7 +214,7 @@ def _show_study(study: "Study", console: Console) -> None:
         table.add_column(column, justify="left" if column == "" else "right")
     for arm in study.arms:
         score = headline(arm.result)
-        folds = f"{score.mean:.3f} ± {score.sd:.3f}" if math.isfinite(score.mean) else "–"
+        folds = spread(score.mean, score.sd)
         reported = "" if arm.reported is None else f"{arm.reported:.3f}"
         label = f"{arm.label} (null)" if arm.null else arm.label
         table.add_row(label, folds, f"{score.pooled:.3f}", _interval(score.ci), reported)

@@ -20,6 +20,7 @@ def predict(
     encoder: str | None = typer.Option(None, help="To embed slides with: what gigatome embed takes."),
     job: Path | None = typer.Option(None, help="Job directory for the embeddings; beside the table by default."),
     by_patient: bool = typer.Option(False, "--by-patient", help="Predict patients, from all their slides together."),
+    patients: str | None = typer.Option(None, help="Table of slides and their patients, where names do not tell."),
     slide_mpp: SlideMpp = None,
     device: str = typer.Option("cpu", help="Where the encoder runs, such as cuda."),
 ) -> None:
@@ -31,8 +32,8 @@ def predict(
     with progress_bar() as progress:
         model, rows, failures = predict_slides(
             run, slides if slide_mpp is None else cohort_of(slides, slide_mpp),
-            arm=arm, encoder=encoder, job=job or out.with_suffix(""), by_patient=by_patient, device=device,
-            progress=progress,
+            arm=arm, encoder=encoder, job=job or out.with_name(f"{out.stem}_job"), by_patient=by_patient,
+            patients=patients, device=device, progress=progress,
         )  # fmt: skip
     write_atomic(out, predictions_csv(model, rows))
     console = Console(highlight=False)

@@ -11,6 +11,7 @@ from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.protocol import store_cohort
 from gigatome.evaluation.saved import CARD, NewPrediction, SavedModel, load_model
 from gigatome.evaluation.study_run import MODELS
+from gigatome.evaluation.tables import read_labels
 from gigatome.evaluation.unit_data import UnitData
 from gigatome.slides.cohort import Cohort
 
@@ -23,6 +24,7 @@ def predict_slides(
     encoder: str | None = None,
     job: str | Path | None = None,
     by_patient: bool = False,
+    patients: str | Path | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> tuple[SavedModel, list[NewPrediction], tuple[Failure, ...]]:
@@ -35,6 +37,7 @@ def predict_slides(
         encoder: what embeds slides, as :func:`gigatome.embed` takes it; with the tiles that the heads learnt from.
         job: job directory for those embeddings.
         by_patient: predict patients from all their slides; the default does as the study did.
+        patients: table of slides and their patients, where neither the cohort nor a TCGA barcode tells whose they are.
         device: where the encoder runs.
         progress: called as slides are embedded.
 
@@ -48,6 +51,7 @@ def predict_slides(
     """
     model = load_model(_folder(Path(run), arm))
     store, cohort, failures = _embedded(model, slides, encoder, job, device, progress)
+    cohort = cohort if patients is None else read_labels(patients, cohort)
     names = [slide.name for slide in cohort if store.path(slide.name).is_file()]
     unusable = check_bags(store, names)
     lost = {name: reason for reason, members in unusable.items() for name in members}
@@ -62,7 +66,7 @@ def predict_slides(
         raise StoreError(f"{store.folder}: no slide has usable embeddings")
     data = UnitData(store, list(members), list(members.values()))
     model.check(store, data)
-    return model, model.predict(data), failures
+    return replace(model, level="patient" if together else "slide"), model.predict(data), failures
 
 
 def _folder(run: Path, arm: str | None) -> Path:

@@ -66,12 +66,14 @@ class SavedModel:
         heads: one a fold.
         mean: float32 [D], of the training units' mean embeddings.
         deviation: float32 [D], their standard deviation.
+        level: of what it predicts, that of training unless told otherwise.
     """
 
     card: Mapping[str, Any]
     heads: tuple[FittedHead, ...]
     mean: NDArray[np.float32]
     deviation: NDArray[np.float32]
+    level: str
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -215,7 +217,7 @@ def load_model(folder: str | Path) -> SavedModel:
         parts = [safetensors.load_file(folder / f"fold_{k}.safetensors") for k in range(len(card["members"]))]
         cohort = safetensors.load_file(folder / "cohort.safetensors")
         heads = tuple(restore_head(values, arrays) for values, arrays in zip(card["members"], parts, strict=True))
-        return SavedModel(card, heads, cohort["mean"], cohort["deviation"])
+        return SavedModel(card, heads, cohort["mean"], cohort["deviation"], card["level"])
     except (OSError, ValueError, KeyError, require("safetensors", "learn", "load heads").SafetensorError) as error:
         raise StoreError(
             f"{folder}: holds no saved heads ({error}); gigatome evaluate … -o FOLDER writes them"
@@ -227,7 +229,7 @@ def predictions_csv(model: SavedModel, rows: Sequence[NewPrediction]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     scores = [f"p_{label}" for label in model.classes] or ["risk"]
-    writer.writerow([model.card["level"], "predicted", *scores, "spread", "distance", "unusual"])
+    writer.writerow([model.level, "predicted", *scores, "spread", "distance", "unusual"])
     for row in rows:
         values = row.probabilities or (row.risk,)
         numbers = [f"{value:.6g}" for value in (*values, row.spread, row.distance)]

@@ -219,8 +219,9 @@ class Figures:
                 seed=result.seed,
                 resamples=1000 if len(rows) <= _FEW_ROWS else 200,
             )
-            ends = "–".join(f"{end:.3f}" for end in band.area_ci)
-            note = f"{band.area:.3f}  ({ends})" if np.isfinite(band.area_ci[0]) else f"{band.area:.3f}"
+            pooled = kind == "roc" and (positive is None or len(result.classes) == 2)
+            low, high = result.scores.auroc_ci if pooled else band.area_ci
+            note = f"{band.area:.3f}  ({low:.3f}–{high:.3f})" if np.isfinite(low) else f"{band.area:.3f}"
             lines.append(Line(arm.label, band, self._styles[arm.label], note))
             each = [(rows.y == k).mean() for k in range(len(result.classes))]
             shares.append(float(np.mean(each)) if positive is None else float(each[positive]))

@@ -178,8 +178,8 @@ def _results(study: Study, rows: list[_Row], figures: Figures) -> Section:
     if len({row.arm.result.split_hash for row in rows if not row.arm.null}) > 1:
         texts.append("The arms were not all tested on the same splits; their scores cannot be compared directly.")
     texts.append(
-        "Intervals come from a bootstrap over patients, a patient's slides staying together. They hold the chance in "
-        "who was tested, not that in who was learnt from."
+        "Intervals come from a bootstrap over patients, a patient's slides staying together. Those of several folds "
+        "also hold the chance in who was learnt from; that of a single split is about its one head."
     )
     return Section("Results", (*blocks, Text(tuple(texts))), intro)
 
@@ -194,8 +194,9 @@ def _score_table(rows: list[_Row], survival: bool) -> tuple[tuple[str, ...], tup
         if isinstance(scores, Scores):
             lines.append((*line, scored(scores.balanced_accuracy, scores.balanced_accuracy_ci)))
         else:
-            lines.append((*line, scored(scores.uno, scores.uno_ci), p_value(scores.logrank_p)))
-    extra = ("Uno’s c-index", "Log-rank p") if survival else ("Balanced accuracy",)
+            ratio = scored(scores.hazard_ratio, scores.hazard_ratio_ci)
+            lines.append((*line, scored(scores.uno, scores.uno_ci), ratio, p_value(scores.logrank_p)))
+    extra = ("Uno’s c-index", "Hazard ratio, high to low risk", "Log-rank p") if survival else ("Balanced accuracy",)
     return (*columns, *extra), tuple(lines)
 
 
@@ -253,7 +254,8 @@ def _comparisons(study: Study) -> Section | None:
     count = len(found)
     several = (
         f"{count} tests were made. If all arms were alike, {_chance(count)} of {count} such tests would still be "
-        f"expected below p = 0.05. Holm’s p keeps the chance of even one false finding below 0.05 over all {count}. "
+        f"expected below p = 0.05. Holm’s p keeps the chance of even one false finding below 0.05 over all "
+        "that were made with one test. "
         if count > 1
         else "One test was made. "
     )

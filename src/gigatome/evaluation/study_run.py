@@ -140,7 +140,8 @@ def _prepare(options: StudyOptions, stores: Sequence[EmbeddingStore], cohort: Co
     given = [
         prepare(
             store, cohort or options.labels, options.outcome, folds, available=common, seed=options.seed,
-            level=options.level, leaks=options.leaks, label_map=options.label_map, site=options.site, omics=omics,
+            level=options.level, leaks=options.leaks, group=options.splits.group, label_map=options.label_map,
+            site=options.site, omics=omics,
         )
         for store in stores
     ]  # fmt: skip
@@ -235,7 +236,7 @@ def _attended(learnt: Sequence[_Learnt], options: StudyOptions, cohort: Cohort |
     if not options.tiles:
         return ()
     for item in learnt:
-        if item.arm.null or is_probe(item.arm.result.head):
+        if item.arm.null or not item.runs or is_probe(item.arm.result.head):
             continue
         try:
             source = cohort or Cohort.read(options.labels)

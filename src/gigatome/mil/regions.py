@@ -347,4 +347,7 @@ def _present(x: Tensor) -> Tensor:
 
 def _check_regions(x: Tensor, rows: int) -> None:
     if x.ndim != 3 or x.shape[1] % rows:
-        raise ValueError(f"need regions [T, tiles, D] of {rows} rows of tiles each, got {list(x.shape)}")
+        raise ConfigError(
+            f"this model takes regions [T, tiles, D] of {rows} rows of tiles each, not {list(x.shape)}; embeddings of "
+            "tiles are for hipt_gp_fc, region_transformer and the other models"
+        )
