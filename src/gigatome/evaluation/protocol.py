@@ -72,7 +72,7 @@ def evaluate(
     A patient's slides are never in both the training and the test part of a fold. Every score comes with a 95 %
     interval of a bootstrap over patients, its variance raised by Nadeau and Bengio's factor, 1 + tested / trained, for
     the chance in which patients the folds' heads learnt from. It is about the score expected of a head that learns from
-    as many patients of this kind: in simulated cohorts of 60 to 240 patients it held the expected AUROC in 94 to 100 of
+    as many patients of this kind: in simulated cohorts of 60 to 240 patients it held the expected AUROC in 93 to 100 of
     100, where the plain bootstrap held it in 80 to 93. A single split has one head; its interval is the plain
     bootstrap's and about that head. For the difference between two encoders use
     :func:`~gigatome.evaluation.comparison.compare_results`.

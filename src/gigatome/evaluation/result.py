@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gigatome.blob.store import write_atomic
 from gigatome.core.errors import EvaluationError
 from gigatome.evaluation import metrics
+from gigatome.evaluation.calibration import expected_calibration_error
 from gigatome.evaluation.metrics import Difference
 
 Level = Literal["slide", "patient", "tile"]
@@ -40,6 +41,10 @@ class Scores:
         balanced_accuracy: mean of the classes' recalls.
         balanced_accuracy_ci: its interval.
         accuracy: share of right predictions.
+        auprc: average precision, macro for more than two classes; knowing nothing gives the share of the class.
+        quadratic_kappa: Cohen's kappa with quadratic weights, which says something of classes in order alone.
+        brier: mean squared error of the probabilities; 0 is best.
+        calibration_error: expected calibration error, of the predicted class for more than two.
     """
 
     n: int
@@ -48,6 +53,10 @@ class Scores:
     balanced_accuracy: float
     balanced_accuracy_ci: tuple[float, float]
     accuracy: float
+    auprc: float
+    quadratic_kappa: float
+    brier: float
+    calibration_error: float
 
 
 @dataclass(frozen=True)
@@ -298,6 +307,10 @@ def score(
         balanced_accuracy=metrics.balanced_accuracy(y, p),
         balanced_accuracy_ci=intervals[1],
         accuracy=metrics.accuracy(y, p),
+        auprc=metrics.auprc(y, p),
+        quadratic_kappa=metrics.quadratic_kappa(y, p),
+        brier=metrics.brier(y, p),
+        calibration_error=expected_calibration_error(y, p[:, 1] if p.shape[1] == 2 else p),
     )
 
 

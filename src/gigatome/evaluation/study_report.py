@@ -175,6 +175,11 @@ def _results(study: Study, rows: list[_Row], figures: Figures) -> Section:
             "Rows marked (null) know nothing of the labels, or nothing of tissue: what they reach is what chance and "
             "the splits give."
         )
+    if rows[0].arm.result.split.startswith("leave one"):
+        texts.append(
+            "Whoever is left out is missing from their own class in training, so a head that knows nothing scores "
+            "below chance, down to 0 if it only knows how frequent the classes are. Compare with the null rows."
+        )
     if len({row.arm.result.split_hash for row in rows if not row.arm.null}) > 1:
         texts.append("The arms were not all tested on the same splits; their scores cannot be compared directly.")
     texts.append(
@@ -192,11 +197,16 @@ def _score_table(rows: list[_Row], survival: bool) -> tuple[tuple[str, ...], tup
         scores = row.arm.result.scores
         line = (row.label, spread(row.score.mean, row.score.sd), scored(row.score.pooled, row.score.ci))
         if isinstance(scores, Scores):
-            lines.append((*line, scored(scores.balanced_accuracy, scores.balanced_accuracy_ci)))
+            accuracy = scored(scores.balanced_accuracy, scores.balanced_accuracy_ci)
+            lines.append((*line, accuracy, scores.auprc, scores.quadratic_kappa, scores.brier))
         else:
             ratio = scored(scores.hazard_ratio, scores.hazard_ratio_ci)
             lines.append((*line, scored(scores.uno, scores.uno_ci), ratio, p_value(scores.logrank_p)))
-    extra = ("Uno’s c-index", "Hazard ratio, high to low risk", "Log-rank p") if survival else ("Balanced accuracy",)
+    extra = (
+        ("Uno’s c-index", "Hazard ratio, high to low risk", "Log-rank p")
+        if survival
+        else ("Balanced accuracy", "AUPRC", "Kappa, quadratic", "Brier")
+    )
     return (*columns, *extra), tuple(lines)
 
 
