@@ -5,7 +5,8 @@ spot. The same run on a few batches that are held in memory says how fast the de
 stream is, is the share of the time that the device waited for tiles. Both in turn, medians of the rounds. On a CPU the
 network and the decoding threads also share the cores.
 
-``step``: :mod:`benchmarks.bench_step` on the GPU, a step of DINO beside a plain one.
+``step``: :mod:`benchmarks.bench_step` on the GPU, a step of DINO beside a plain one. ``mil``:
+:mod:`benchmarks.bench_mil` on the GPU, an epoch of ABMIL beside CLAM's loop.
 
 Nothing is fetched. On a machine without a network bring the wheels of what is missing, as this says by name, and the
 built extension (``src/gigatome/_native.abi3.so``), or build it there: ``python setup.py build_ext --inplace``.
@@ -32,12 +33,14 @@ _NEEDED = {  # what is imported, and the package that holds it
     "pydantic": "pydantic", "safetensors": "safetensors", "shapely": "shapely", "simplejpeg": "simplejpeg",
     "tifffile": "tifffile", "timm": "timm", "torch": "torch", "torchvision": "torchvision", "yaml": "pyyaml",
 }  # fmt: skip
+_NEEDED_BY_MIL = {"h5py": "h5py", "scipy": "scipy", "sklearn": "scikit-learn"}
 _LINES = 5  # lines of the log that each run writes; the first is its warm-up
 
 
-def check() -> None:
-    """Makes gigatome importable from the working tree; exits if a package that it needs is missing."""
-    missing = sorted(package for name, package in _NEEDED.items() if importlib.util.find_spec(name) is None)
+def check(name: str) -> None:
+    """Makes gigatome importable from the working tree; exits if a package that a benchmark needs is missing."""
+    needed = _NEEDED | (_NEEDED_BY_MIL if name == "mil" else {})
+    missing = sorted(package for module, package in needed.items() if importlib.util.find_spec(module) is None)
     if missing:
         packages = " ".join(missing)
         raise SystemExit(
@@ -137,6 +140,13 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     return bench_step.run(options)
 
 
+def mil(options: argparse.Namespace) -> dict[str, Any]:
+    """An epoch of ABMIL beside CLAM's loop."""
+    from benchmarks import bench_mil
+
+    return bench_mil.run(options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
@@ -151,16 +161,22 @@ def main() -> None:
     part.add_argument("--side", type=int, default=8192, help="level-0 pixels along each side of a slide")
     part.add_argument("--tiny", action="store_true", help="a tiny network on tiny tiles, to see whether it works")
     names.add_parser("step", help=step.__doc__, add_help=False)
+    names.add_parser("mil", help=mil.__doc__, add_help=False)
     options, rest = parser.parse_known_args()
-    check()
+    check(options.name)
     if options.name == "step":
         from benchmarks.bench_step import parser as step_parser
 
         given = ["--device", "cuda", "--batch-size", "64", "--repeats", "10", "--precisions", "bf16", *rest]
         options = argparse.Namespace(name="step", **vars(step_parser().parse_args(given)))
+    elif options.name == "mil":
+        from benchmarks.bench_mil import parser as mil_parser
+
+        given = mil_parser().parse_args(["--device", "cuda", "--bags", "200", *rest])
+        options = argparse.Namespace(name="mil", **vars(given))
     elif rest:
         parser.error(f"unrecognised: {' '.join(rest)}")
-    result = {"stream": stream, "step": step}[options.name](options)
+    result = {"stream": stream, "step": step, "mil": mil}[options.name](options)
     print(json.dumps({"options": vars(options), **result}, indent=2, default=str))
 
 

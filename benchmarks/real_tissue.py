@@ -22,10 +22,8 @@ right part, with at least a tile between. That shows what an encoder sees of tis
 slide. In colour the stain gives a slide away, so it is asked in grey too, where only form is left.
 
 *Neighbours*: of a tile's 20 nearest on other slides, how many are of its class; and of the 20 nearest of all, how many
-are of its own slide. Both are multiples of what chance would give.
-
-Intervals are over seeds, of training and of initial weights. They do not hold the chance of which slides there are,
-which is larger.
+are of its own slide. Both are multiples of what chance would give. Intervals are over seeds, of training and of initial
+weights. They do not hold the chance of which slides there are, which is larger.
 
 Trainings are kept under ``--runs`` and gone on with if the script is called again. On a GPU::
 
@@ -392,8 +390,9 @@ def main() -> None:
     rows = summary(found)
     print(json.dumps({"conditions": conditions, "summary": rows}, indent=2))
     if options.write:
+        first = f" --first-seed {options.first_seed}" if options.first_seed else ""
         views = f" --views {' '.join(options.views)}" if options.views else ""
-        command = f"python -m benchmarks.real_tissue … --steps {options.steps} --seeds {options.seeds}{views}"
+        command = f"python -m benchmarks.real_tissue … --steps {options.steps} --seeds {options.seeds}{first}{views}"
         write_result(options.write, "tissue", markdown(rows, command, conditions), conditions)
 
 

@@ -30,6 +30,13 @@ def test_stream():
     assert "tiles/s: " in sentence
 
 
+def test_mil(tmp_path):
+    done = run("mil", "--device", "cpu", "--tiny", "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["options"]["name"] == "mil"
+
+
 def test_what_is_missing_is_named():
     done = run("stream", isolated=True)
     assert done.returncode == 1
