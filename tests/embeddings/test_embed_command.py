@@ -107,9 +107,9 @@ def test_evaluate_prints_json_and_writes_files(embedded, slides, tmp_path):
     ("arguments", "error", "message"),
     [
         (["--target", "organ"], CohortError, "no label column 'organ'"),
-        (["--target", "subtype"], EvaluationError, "use 2 folds"),
+        (["--target", "subtype"], EvaluationError, "folds"),
         (["--target", "subtype", "--folds", "none.tsv"], EvaluationError, "cannot be read"),
-        (["--target", "subtype", "--head", "cox"], EvaluationError, "there is no head cox"),
+        (["--target", "subtype", "--head", "coxx"], EvaluationError, "there is no head coxx"),
         (["--target", "subtype", "--encoder", "uni"], StoreError, "no embeddings of encoder uni"),
     ],
 )

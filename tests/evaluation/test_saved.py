@@ -59,7 +59,8 @@ def test_the_threshold_is_the_best_out_of_fold(made, tmp_path):
         return (p[y == 1] >= threshold).mean() + (p[y == 0] < threshold).mean()
 
     assert balance(card["threshold"]) == max(balance(value) for value in [*p, 2.0])
-    assert card["encoder"] == {"name": "enc", "weights": "w1", "dim": 8}
+    tiling = {"patch_size": 256.0, "target_magnification": 20.0}
+    assert card["origin"] == {"encoder": "enc", "weights": "w1", "dim": 8, "tiling": tiling}
     assert card["cohort"]["counts"] == {"a": 20, "b": 20}
     assert card["split_hash"] == result.split_hash
 
@@ -116,6 +117,9 @@ def test_embeddings_of_another_encoder_or_tiling_are_refused(made, tmp_path):
     path = same.store.path("s000_0")
     bag = read_bag(path)
     write_bag(path, Bag(bag.name, "enc", bag.coords, bag.embeddings, {**bag.attrs, "target_magnification": 10.0}))
+    with pytest.raises(EvaluationError, match="cut into different tiles"):
+        predict_slides(tmp_path / "model", same.store)
+    same.store.path("s001_0").unlink()
     with pytest.raises(EvaluationError, match="tiles of 10 × magnification, the head learnt from 20"):
         predict_slides(tmp_path / "model", same.store)
 
@@ -142,6 +146,10 @@ def test_folders_that_hold_no_heads(made, tmp_path):
     assert len(predict_slides(tmp_path, made.store, arm="two")[1]) == 40
     with pytest.raises(ConfigError, match="give the encoder"):
         predict_slides(tmp_path, made.cohort, arm="two")
+    for nonsense in ("[]", "{}", '{"members": null}'):
+        (tmp_path / "models" / "two" / "model.json").write_text(nonsense)
+        with pytest.raises(StoreError, match="holds no saved heads"):
+            load_model(tmp_path / "models" / "two")
     (tmp_path / "models" / "one" / "fold_1.safetensors").write_bytes(b"nothing")
     with pytest.raises(StoreError, match="holds no saved heads"):
         load_model(tmp_path / "models" / "one")
@@ -153,3 +161,24 @@ def test_a_table_says_whose_the_slides_are(made, tmp_path):
     model, rows, _ = predict_slides(tmp_path / "model", new.store, by_patient=True, patients=new.labels)
     assert [row.name for row in rows] == ["p600", "p601", "p602"]
     assert predictions_csv(model, rows).startswith("patient,predicted")
+    lines = new.labels.read_text().splitlines()
+    new.labels.write_text("\n".join([*lines, *(line.replace(",a,", ",c,") for line in lines[1:])]))
+    again = predict_slides(tmp_path / "model", new.store, by_patient=True, patients=new.labels)[1]
+    assert [row.probabilities for row in again] == [row.probabilities for row in rows]  # a slide counts once
+
+
+def test_heads_trained_on_another_device_predict_on_this_one(made, tmp_path):
+    keep(made, tmp_path, "abmil")
+    card = json.loads((tmp_path / "model.json").read_text())
+    for member in card["members"]:
+        member["head"]["fit"]["device"] = "cuda"
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    assert len(predict_slides(tmp_path, made.store)[1]) == 40
+
+
+def test_files_by_different_encoders_in_one_folder_are_refused(made, tmp_path):
+    new = make(tmp_path, patients=3)
+    bag = read_bag(new.store.path("s001_0"))
+    write_bag(new.store.path("s001_0"), Bag(bag.name, "uni", bag.coords, bag.embeddings, bag.attrs))
+    with pytest.raises(StoreError, match=r"different encoders .*s001_0 by uni"):
+        prepare(new.store, new.cohort, "subtype", 2)

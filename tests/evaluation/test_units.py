@@ -125,8 +125,9 @@ def test_two_rows_that_agree_on_the_target_are_one():
     units = make_units(cohort(*rows, columns=("label", "other")), ClassTarget("label"))
     assert units.names == ("s1", "s2")
     assert units.outcome.y.tolist() == [1, 0]
-    with pytest.raises(EvaluationError, match="slide s1 has two patients, p1 and p9"):
-        make_units(cohort(("s1", "p1", "a"), ("s1", "p9", "a")), ClassTarget("label"))
+    for level in ("slide", "patient"):
+        with pytest.raises(EvaluationError, match="slide s1 has two patients, p1 and p9"):
+            make_units(cohort(("s1", "p1", "a"), ("s1", "p9", "a")), ClassTarget("label"), level=level)
 
 
 def test_slides_of_one_patient_may_differ_unless_patients_are_predicted():

@@ -142,6 +142,27 @@ def test_prediction_is_of_each_bag_alone(data):
     assert len(predict_bags(model, source, []).logits) == 0
 
 
+@pytest.mark.parametrize(
+    ("losses", "best", "epochs"), [([0.7, 0.0, 0.9, 0.8, 0.5], 2, 4), ([np.nan, 0.7, 0.6, 0.8, 0.9, 0.5], 3, 5)]
+)
+def test_the_lowest_validation_loss_may_be_nothing(data, monkeypatch, losses, best, epochs):
+    given = iter(losses)
+    monkeypatch.setattr("gigatome.mil.fit._Training.val_loss", lambda *_: next(given))
+    options = BagFitOptions(epochs=len(losses), patience=2, select="best")
+    fit = fit_bags(tiny(), *data, cross_entropy(), options, train=ALL[:30], val=ALL[30:], seed=0)
+    assert (fit.best_epoch, len(fit.history)) == (best, epochs)
+
+
+def test_comparing_losses_say_when_there_is_nothing_to_compare(data, caplog):
+    source, targets = data
+    lives = Targets(targets.y, torch.arange(1.0, 41.0), torch.ones(40, dtype=torch.bool))
+    options = BagFitOptions(epochs=1, batch_bags=8, max_instances=2)
+    with pytest.raises(ConfigError, match="raise max_instances"):
+        fit_bags(tiny(1), source, lives, cox(), options, train=ALL, seed=0)
+    fit_bags(tiny(1), source, lives, cox(), BagFitOptions(epochs=2, batch_bags=8, max_instances=40), train=ALL, seed=0)
+    assert caplog.text.count("compared within a part only") == 1
+
+
 def test_best_epoch_and_patience(data):
     source, targets = data
     # labels of the validation bags are wrong, so that its loss rises as the training goes on

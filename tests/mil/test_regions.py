@@ -211,7 +211,7 @@ def test_batches_of_regions_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("name", ["hipt_lgp_fc", "hipt_none_fc"])
 def test_embeddings_of_tiles_without_regions_are_refused(name):
-    with pytest.raises(ValueError, match=r"regions \[T, tiles, D\]"):
+    with pytest.raises(ConfigError, match=r"regions \[T, tiles, D\]"):
         MODELS[name]()(make_bags([4], tiles=False))
 
 

@@ -215,8 +215,12 @@ def test_a_second_interrupt_interrupts(tmp_path):
         signal.raise_signal(signal.SIGINT)  # handled before it returns: two signals on their way could become one
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, progress=stop_after(2, twice))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, progress=stop_after(2, twice))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_in_the_last_step_does_not_preempt(tmp_path):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     stores: list[Path] = typer.Argument(
         help="Embeddings: job directories, folders features_<encoder>; or a study.yaml."
     ),
@@ -35,7 +36,7 @@ def evaluate(
     folds: str = typer.Option("10", help="How many; 'patient' leaves one patient out at a time; or published splits."),
     leaks: str = typer.Option("error", help="Published splits with a patient on both sides: error, or warn."),
     sites: bool = typer.Option(False, "--by-site", help="Keep sites, not only patients, on one side."),
-    seed: int = typer.Option(0, help="Seed of splits, training and resampling."),
+    seed: int = typer.Option(0, min=0, help="Seed of splits, training and resampling."),
     level: str | None = typer.Option(None, help="slide, patient, or tile: tiles, and slides by their tiles."),
     tiles_per_slide: int | None = typer.Option(None, help="With --level tile: the most tiles of a slide."),
     encoder: str | None = typer.Option(None, help="Which encoder's embeddings, where the store holds several."),
@@ -55,8 +56,12 @@ def evaluate(
     alone = len(stores) == 1 and len(heads) == 1 and not (compare or shuffled or few_shot or assignments)
     whole = out is not None and out.suffix != ".json"
     if stores[0].suffix in (".yaml", ".yml"):
-        if labels or target or time or shuffled or compare or few_shot:
-            raise typer.BadParameter("a study's file states all this itself; change it with --set", param_hint="STORES")
+        own = ("stores", "assignments", "out", "as_json")
+        given = [name for name in context.params if name not in own and _stated(context, name)]
+        if given:
+            raise typer.BadParameter(
+                f"a study's file states {given[0]} itself; change it with --set", param_hint="STORES"
+            )
         _run(_from_file(stores, assignments), out, console, as_json)
     elif alone and not whole and not sites:
         _one(
@@ -86,6 +91,11 @@ def evaluate(
             "seed": seed,
         }
         _run(_parsed(values, assignments), out, console, as_json)
+
+
+def _stated(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _one(

@@ -37,11 +37,11 @@ def predict(
         )  # fmt: skip
     write_atomic(out, predictions_csv(model, rows))
     console = Console(highlight=False)
-    table = Table(title=f"{model.card['target']} by {model.card['head']} on {model.card['encoder']['name']}")
+    table = Table(title=f"{model.card['target']} by {model.card['head']} on {model.origin.encoder}")
     for column in ("", "predicted", "probability" if model.classes else "risk", "±", ""):
         table.add_column(column)
     for row in rows[:_SHOWN]:
-        value = max(row.probabilities) if row.probabilities else row.risk
+        value = row.probabilities[model.classes.index(row.label)] if row.probabilities else row.risk
         odd = "unlike the training slides" if row.unusual else ""
         table.add_row(row.name, row.label, f"{value:.3f}", f"{row.spread:.3f}", odd)
     console.print(table)

@@ -79,7 +79,7 @@ class BagReader:
             self._layouts = [_layout(source, name) for name in self.names]
             self.sizes = np.array([layout.shape[0] for layout in self._layouts], np.int64)
             self.dim = self._layouts[0].shape[1] if self._layouts else 0
-            self.encoder, self.weights = source.encoder, _weights_of(self._layouts)
+            self.encoder, self.weights = _encoder_of(self._layouts) or source.encoder, _weights_of(self._layouts)
             _check_dims(self._layouts)
         for name in (name for name, size in zip(self.names, self.sizes, strict=True) if not size):
             raise StoreError(f"{name}: has no tiles, and an empty bag cannot be used; leave the slide out")
@@ -247,6 +247,15 @@ def _check_dims(layouts: Sequence[_Layout]) -> None:
     if len(sizes) > 1:
         both = ", ".join(f"{name} has {size}" for size, name in sizes.items())
         raise StoreError(f"embeddings differ in size ({both}); they are of different encoders")
+
+
+def _encoder_of(layouts: Sequence[_Layout]) -> str:
+    """The one encoder that the files name; "" without files."""
+    named = {layout.encoder: layout.path.stem for layout in layouts}
+    if len(named) > 1:
+        both = ", ".join(f"{name} by {encoder}" for encoder, name in named.items())
+        raise StoreError(f"embeddings are by different encoders ({both}); embed the slides by one of them")
+    return next(iter(named), "")
 
 
 def _weights_of(layouts: Sequence[_Layout]) -> str:

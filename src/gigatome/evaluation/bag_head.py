@@ -129,6 +129,7 @@ def restore_bag_head(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any
     """The head that :meth:`FittedBagHead.saved` describes; raises :class:`StoreError` for what is none."""
     try:
         head = config.parse(BagHead, values["head"], source="saved head")
+        head = replace(head, fit=replace(head.fit, device="cpu"))
         state = {
             name.removeprefix("model."): torch.from_numpy(np.array(value))
             for name, value in arrays.items()

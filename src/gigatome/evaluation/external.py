@@ -1,6 +1,5 @@
 """Learning from one cohort and being tested on another, whose embeddings lie elsewhere."""
 
-from gigatome.core.errors import EvaluationError
 from gigatome.evaluation.crossval import FoldRun, Setting, result_of
 from gigatome.evaluation.heads import Head, fit_head
 from gigatome.evaluation.protocol import Prepared
@@ -26,14 +25,9 @@ def evaluate_external(
 
     Raises:
         EvaluationError: a patient is in both cohorts, the outcomes differ in kind, or the embeddings are by different
-            encoders.
+            encoders or of different tiles.
     """
-    ours, theirs = prepared.data.reader, data.reader
-    if ours.dim != theirs.dim or (ours.weights and theirs.weights and ours.weights != theirs.weights):
-        raise EvaluationError(
-            f"{data.store.folder}: embeddings by {theirs.encoder}, and by {ours.encoder} in "
-            f"{prepared.data.store.folder}; embed both cohorts with one encoder"
-        )
+    prepared.data.origin.refuse_other(data.origin, data.store.folder)
     both, splits = external_split(prepared.units, units, options)
     split = splits.parts[0]
     fitted = fit_head(

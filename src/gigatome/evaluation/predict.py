@@ -1,11 +1,12 @@
 """New slides, from pixels or embeddings to predictions."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from gigatome.core.errors import ConfigError, StoreError
-from gigatome.core.logs import Failure, Progress, silent
+from gigatome.core.logs import Failure, Progress, log, silent
 from gigatome.embeddings.bags import check_bags
 from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.protocol import store_cohort
@@ -61,11 +62,16 @@ def predict_slides(
     together = by_patient or model.card["level"] == "patient"
     for slide in cohort:
         if slide.name in usable:
-            members[slide.patient if together else slide.name].append(slide.name)
+            key = slide.patient if together else slide.name
+            if slide.name not in members[key]:
+                members[key].append(slide.name)
+    lone = sum(name == slides[0] for name, slides in members.items())
+    if together and lone:
+        log.warning("%d slides count as a patient each: nothing says whose they are; give a table of patients", lone)
     if not members:
         raise StoreError(f"{store.folder}: no slide has usable embeddings")
     data = UnitData(store, list(members), list(members.values()))
-    model.check(store, data)
+    model.origin.refuse_other(data.origin, store.folder)
     return replace(model, level="patient" if together else "slide"), model.predict(data), failures
 
 
@@ -94,24 +100,27 @@ def _embedded(
     if not isinstance(slides, Cohort) and _holds_embeddings(Path(slides)):
         store = _store(Path(slides), model)
         return store, store_cohort(store), ()
-    made = model.card["encoder"]
+    origin = model.origin
     if encoder is None or job is None:
         raise ConfigError(
-            f"to embed slides, give the encoder that the heads learnt from ({made['name']}) and a job directory"
+            f"to embed slides, give the encoder that the heads learnt from ({origin.encoder}) and a job directory"
         )
+    if "patch_size" not in origin.tiling or not {"target_mpp", "target_magnification"} & set(origin.tiling):
+        raise ConfigError("the heads' card does not say which tiles they learnt from; embed the slides first")
     from gigatome.embeddings.extract import embed
 
-    tiling = model.card["tiling"]
     store = embed(
         slides, encoder=encoder, out=job, device=device, progress=progress,
-        tile_size=int(tiling["patch_size"]), mpp=_mpp(tiling),
+        tile_size=int(origin.tiling["patch_size"]), mpp=_mpp(origin.tiling),
     )  # fmt: skip
     cohort = Cohort.read(slides) if not isinstance(slides, Cohort) else slides
     return replace(store, failures=()), cohort, tuple(store.failures)
 
 
 def _holds_embeddings(path: Path) -> bool:
-    return path.is_dir() and (path.name.startswith("features_") or any(path.glob("*/features_*")))
+    return path.is_dir() and (
+        path.name.startswith("features_") or any(path.glob("features_*")) or any(path.glob("*/features_*"))
+    )
 
 
 def _store(path: Path, model: SavedModel) -> EmbeddingStore:
@@ -119,8 +128,8 @@ def _store(path: Path, model: SavedModel) -> EmbeddingStore:
     try:
         return EmbeddingStore.open(path)
     except StoreError:
-        return EmbeddingStore.open(path, encoder=model.card["encoder"]["name"])
+        return EmbeddingStore.open(path, encoder=model.origin.encoder)
 
 
-def _mpp(tiling: dict[str, float]) -> float:
+def _mpp(tiling: Mapping[str, float]) -> float:
     return tiling["target_mpp"] if "target_mpp" in tiling else 10 / tiling["target_magnification"]

@@ -192,7 +192,9 @@ def read_units(
     level = level or ("patient" if isinstance(target, SurvivalTarget) else "slide")
     labelled = cohort.column(target.column if isinstance(target, ClassTarget) else target.time)
     there = set(store.names()) & set(store.names() if available is None else available)
-    checked = check_bags(store, sorted(there & set(labelled)))
+    known = {slide.patient for slide in cohort if slide.name in labelled}
+    asked = {s.name for s in cohort if s.name in labelled or (level == "patient" and s.patient in known)}
+    checked = check_bags(store, sorted(there & asked))
     unusable = {name: reason for reason, names in checked.items() for name in names}
     units = make_units(
         cohort, target, available=there - set(unusable), level=level, label_map=label_map, site=site, classes=classes

@@ -17,19 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigatome.blob.store import write_atomic
-from gigatome.core.errors import EvaluationError, StoreError
+from gigatome.core.errors import StoreError
 from gigatome.core.extras import require
 from gigatome.core.version import __version__
-from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.crossval import FoldRun
 from gigatome.evaluation.heads import FittedHead, Prediction, restore_head
 from gigatome.evaluation.result import EvaluationResult, plain
 from gigatome.evaluation.survival_result import SurvivalResult
-from gigatome.evaluation.unit_data import UnitData
+from gigatome.evaluation.unit_data import Origin, UnitData
 from gigatome.evaluation.units import ClassOutcome, Units
 
 CARD = "model.json"
-_TILING = {"patch_size": "px tiles", "target_mpp": "µm per pixel", "target_magnification": "× magnification"}
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)  # what a card that is none makes
 _PERCENTILES = np.arange(101)
 
 
@@ -62,7 +61,7 @@ class SavedModel:
     """The heads of all folds.
 
     Attributes:
-        card: what they are and were trained on: encoder, tiling, target, scores, thresholds, cohort.
+        card: what they are and were trained on: origin of the embeddings, target, scores, thresholds, cohort.
         heads: one a fold.
         mean: float32 [D], of the training units' mean embeddings.
         deviation: float32 [D], their standard deviation.
@@ -80,30 +79,13 @@ class SavedModel:
         """Labels; empty for survival."""
         return tuple(self.card["classes"])
 
-    def check(self, store: EmbeddingStore, data: UnitData) -> None:
-        """Raises :class:`EvaluationError` if embeddings are of another encoder or tiling than those of training."""
-        made, reader = self.card["encoder"], data.reader
-        if reader.dim != made["dim"] or (reader.weights and made["weights"] and reader.weights != made["weights"]):
-            raise EvaluationError(
-                f"{store.folder}: embeddings of {reader.dim} numbers by {reader.encoder} (weights "
-                f"{reader.weights or 'unknown'}); the head learnt from {made['dim']} by {made['name']} (weights "
-                f"{made['weights'] or 'unknown'}). Embed the slides with that encoder"
-            )
-        if not (reader.weights and made["weights"]) and reader.encoder != made["name"]:
-            raise EvaluationError(
-                f"{store.folder}: embeddings by {reader.encoder}, the head learnt from those by {made['name']}, and no "
-                "hash says that the weights are the same; embed the slides with that encoder"
-            )
-        tiling = _tiling(store, data.reader.names[0])
-        for key, unit in _TILING.items():
-            here, there = tiling.get(key), self.card["tiling"].get(key)
-            if here is not None and there is not None and abs(here - there) > 0.01 * abs(there):
-                raise EvaluationError(
-                    f"{store.folder}: tiles of {here:g} {unit}, the head learnt from {there:g}; embed such tiles"
-                )
+    @property
+    def origin(self) -> Origin:
+        """What made the embeddings that the heads learnt from."""
+        return Origin(**self.card["origin"])
 
     def predict(self, data: UnitData) -> list[NewPrediction]:
-        """What the heads together say of each unit; :meth:`check` comes first.
+        """What the heads together say of each unit, whose embeddings must be of the same :attr:`origin`.
 
         Raises:
             StoreError: a file cannot be read.
@@ -166,6 +148,7 @@ def save_model(
     """
     safetensors = require("safetensors.numpy", "learn", "save heads")
     folder = Path(folder)
+    (folder / CARD).unlink(missing_ok=True)  # comes last again, so that no card stands beside heads of another
     members = []
     for k, run in enumerate(runs):
         values, arrays = run.fitted.saved()
@@ -190,8 +173,7 @@ def save_model(
         "classes": list(classes),
         "head": result.head,
         "options": dict(result.options),
-        "encoder": {"name": data.reader.encoder, "weights": data.reader.weights, "dim": data.reader.dim},
-        "tiling": _tiling(data.store, data.reader.names[0]),
+        "origin": asdict(data.origin),
         "threshold": _threshold(result) if isinstance(result, EvaluationResult) and len(classes) == 2 else None,
         "scores": asdict(result.scores),
         "split": result.split,
@@ -217,11 +199,20 @@ def load_model(folder: str | Path) -> SavedModel:
         parts = [safetensors.load_file(folder / f"fold_{k}.safetensors") for k in range(len(card["members"]))]
         cohort = safetensors.load_file(folder / "cohort.safetensors")
         heads = tuple(restore_head(values, arrays) for values, arrays in zip(card["members"], parts, strict=True))
+        _check_card(card)
         return SavedModel(card, heads, cohort["mean"], cohort["deviation"], card["level"])
-    except (OSError, ValueError, KeyError, require("safetensors", "learn", "load heads").SafetensorError) as error:
+    except (OSError, *_DAMAGED, require("safetensors", "learn", "load heads").SafetensorError) as error:
         raise StoreError(
             f"{folder}: holds no saved heads ({error}); gigatome evaluate … -o FOLDER writes them"
         ) from error
+
+
+def _check_card(card: Mapping[str, Any]) -> None:
+    """Raises one of the errors of what is no card."""
+    Origin(**card["origin"])
+    if lost := {"target", "classes", "head", "threshold", "members"} - set(card):
+        raise KeyError(min(lost))
+    float(card["cohort"]["greatest_distance"])
 
 
 def predictions_csv(model: SavedModel, rows: Sequence[NewPrediction]) -> str:
@@ -235,11 +226,6 @@ def predictions_csv(model: SavedModel, rows: Sequence[NewPrediction]) -> str:
         numbers = [f"{value:.6g}" for value in (*values, row.spread, row.distance)]
         writer.writerow([row.name, row.label, *numbers, int(row.unusual)])
     return text.getvalue()
-
-
-def _tiling(store: EmbeddingStore, name: str) -> dict[str, float]:
-    attrs = store.attributes(name)
-    return {key: float(attrs[key]) for key in _TILING if key in attrs}
 
 
 def _threshold(result: EvaluationResult) -> float:

@@ -263,7 +263,7 @@ def _comparisons(study: Study) -> Section | None:
     )
     count = len(found)
     several = (
-        f"{count} tests were made. If all arms were alike, {_chance(count)} of {count} such tests would still be "
+        f"{count} tests were made. If all arms were alike, {0.05 * count:g} of {count} such tests would still be "
         f"expected below p = 0.05. Holm’s p keeps the chance of even one false finding below 0.05 over all "
         "that were made with one test. "
         if count > 1
@@ -274,10 +274,6 @@ def _comparisons(study: Study) -> Section | None:
         (Table(columns, lines, highlight=sure), Text((several + verdict,))),
         "Tests on the same patients and splits; marked: Holm’s p below 0.05.",
     )
-
-
-def _chance(count: int) -> str:
-    return f"{0.05 * count:.2f}".rstrip("0").rstrip(".")
 
 
 def _classes(figures: Figures) -> list[Section | None]:
@@ -388,8 +384,7 @@ def _settings(study: Study, rows: list[_Row]) -> Section:
     blocks: list[Block] = [
         Table(("Arm", "Encoder", "Head", "Options", "Seed", "Hash of splits"), tuple(arms), "The arms.")
     ]
-    settings = tuple((key, spelt(value)) for key, value in flat(study.settings))
-    if settings:
+    if settings := tuple((key, spelt(value)) for key, value in flat(study.settings)):
         blocks.append(Table(("Setting", "Value"), settings, "Everything that decides the result."))
     if study.command:
         blocks += [Text(("This makes it again:",)), Code(study.command)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gigatome import config
-from gigatome.core.errors import EvaluationError, GigatomeError
+from gigatome.core.errors import EvaluationError, GigatomeError, RunError, StoreError
 from gigatome.core.logs import Progress, log, silent
 from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.attended import attended_tiles
@@ -16,7 +16,7 @@ from gigatome.evaluation.external import evaluate_external
 from gigatome.evaluation.heads import Head, find_head, is_probe
 from gigatome.evaluation.omics import read_omics
 from gigatome.evaluation.protocol import Omics, Prepared, learn, prepare, read_units, setting_of
-from gigatome.evaluation.saved import save_model
+from gigatome.evaluation.saved import CARD, save_model
 from gigatome.evaluation.split_tables import write_splits
 from gigatome.evaluation.splits import make_splits
 from gigatome.evaluation.study import Arm, AttendedTile, FewShot, Study
@@ -69,6 +69,11 @@ def run_study(
     out = Path(out)
     stores = [EmbeddingStore.open(path) for path in (*options.embeddings, *options.null_embeddings)]
     names = _store_names(stores)
+    if len(set(names)) < len(names):
+        raise EvaluationError(
+            f"embeddings {stores[0].folder} are named twice" if len(names) == 2 else "embeddings repeat"
+        )
+    _make_room(out)
     heads = {name: find_head(name, options.options.get(name))[1] for name in options.heads}
     prepared = _prepare(options, stores, cohort)
     learnt: list[_Learnt] = []
@@ -102,6 +107,16 @@ def run_study(
     write_splits(out / "splits.tsv", prepared[0].units, prepared[0].splits)
     write_study(study, out)
     return study
+
+
+def _make_room(out: Path) -> None:
+    """Makes the folder before anything is trained, and takes heads of an earlier study away."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for card in (out / MODELS).glob(f"*/{CARD}"):
+            card.unlink()
+    except OSError as error:
+        raise StoreError(f"{out}: cannot be written ({error.strerror})") from error
 
 
 def _external(options: StudyOptions, learnt: Sequence[_Learnt]) -> list[_Learnt]:
@@ -222,7 +237,7 @@ def _few_shot(
                         replace(prepared, splits=splits), store, options.outcome, name, head,
                         seed=seed, resamples=1, progress=progress,
                     )  # fmt: skip
-                except EvaluationError as error:
+                except (EvaluationError, RunError) as error:
                     log.warning("learning curve of %s with %d training units: %s", name, count, error)
                     break
                 scores.append(headline(result).value)

@@ -257,7 +257,7 @@ def _given(cohort: Cohort, rows: Sequence[CohortSlide], source: str, *, by_patie
     for slide in cohort:
         key = slide.patient if by_patient else slide.name
         used |= {key} & by.keys()
-        distinct = {tuple(row.labels.items()): row for row in by.get(key, [])}
+        distinct = {("" if by_patient else row.patient, *row.labels.items()): row for row in by.get(key, [])}
         for row in distinct.values():
             known = by_patient or slide.patient not in (slide.name, patient_of(slide.name))
             labels = {**slide.labels, **row.labels}

@@ -1,6 +1,8 @@
 """The embeddings of units, slides or patients, in the forms that heads learn from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -9,6 +11,43 @@ from numpy.typing import NDArray
 from gigatome.core.errors import EvaluationError
 from gigatome.embeddings.bags import BagReader
 from gigatome.embeddings.store import EmbeddingStore
+
+_TILING = {"patch_size": "px tiles", "target_mpp": "µm per pixel", "target_magnification": "× magnification"}
+
+
+@final
+@dataclass(frozen=True)
+class Origin:
+    """What made embeddings.
+
+    Attributes:
+        encoder: its name.
+        weights: hash of its weights; "" if no file says.
+        dim: size of an embedding.
+        tiling: of "patch_size", "target_mpp" and "target_magnification" what the files state.
+    """
+
+    encoder: str
+    weights: str
+    dim: int
+    tiling: Mapping[str, float]
+
+    def refuse_other(self, other: "Origin", where: object) -> None:
+        """Raises :class:`EvaluationError` if embeddings of ``where`` are by another encoder, or of other tiles."""
+        known = bool(self.weights and other.weights)
+        if self.dim != other.dim or (self.weights != other.weights if known else self.encoder != other.encoder):
+            unsure = "" if known or self.dim != other.dim else ", and no hash says that the weights are the same"
+            raise EvaluationError(
+                f"{where}: embeddings of {other.dim} numbers by {other.encoder} (weights "
+                f"{other.weights or 'unknown'}); the head learnt from {self.dim} by {self.encoder} (weights "
+                f"{self.weights or 'unknown'}){unsure}. Embed the slides with that encoder"
+            )
+        for key, unit in _TILING.items():
+            here, there = other.tiling.get(key), self.tiling.get(key)
+            if here is not None and there is not None and abs(here - there) > 0.01 * abs(there):
+                raise EvaluationError(
+                    f"{where}: tiles of {here:g} {unit}, the head learnt from {there:g}; embed such tiles"
+                )
 
 
 @final
@@ -70,6 +109,26 @@ class UnitData:
                 ]
             ).astype(np.float32)
         return self._vectors
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What made the embeddings.
+
+        Raises:
+            EvaluationError: the slides' tiles differ in size or resolution.
+        """
+        tilings: dict[tuple[tuple[str, float], ...], str] = {}
+        for name in self.reader.names:
+            attrs = self.store.attributes(name)
+            try:
+                stated = tuple((key, float(f"{float(attrs[key]):.3g}")) for key in _TILING if key in attrs)
+            except ValueError as error:
+                raise EvaluationError(f"{name}: its file states a tiling that is no number ({error})") from error
+            tilings.setdefault(stated, name)
+        if len(tilings) > 1:
+            both = " and ".join(f"{name} ({dict(stated)})" for stated, name in list(tilings.items())[:2])
+            raise EvaluationError(f"{self.store.folder}: slides are cut into different tiles: {both}; embed them alike")
+        return Origin(self.reader.encoder, self.reader.weights, self.reader.dim, dict(next(iter(tilings))))
 
     def select(self, indices: NDArray[np.int64]) -> "UnitData":
         """Some of the units; what has been read is shared."""

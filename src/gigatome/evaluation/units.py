@@ -194,6 +194,11 @@ def make_units(
     columns = [target.column] if isinstance(target, ClassTarget) else [target.time, target.status]
     for column in columns + ([site] if site else []):
         cohort.column(column)  # refuses a column that is not there, with the nearest name
+    owners: dict[str, str] = {}
+    for slide in cohort:
+        if owners.setdefault(slide.name, slide.patient) != slide.patient:
+            both = sorted({owners[slide.name], slide.patient})
+            raise EvaluationError(f"{cohort.source}: slide {slide.name} has two patients, {both[0]} and {both[1]}")
     members: dict[str, list[CohortSlide]] = defaultdict(list)
     for slide in cohort:
         members[slide.name if level == "slide" else slide.patient].append(slide)
@@ -226,9 +231,6 @@ def _agreed(
     name: str, rows: Sequence[CohortSlide], columns: Sequence[str], source: str, level: str
 ) -> tuple[str, ...] | None:
     """The cells that all rows of a unit state; None if a cell is missing in all."""
-    if level == "slide" and len({row.patient for row in rows}) > 1:
-        both = sorted({row.patient for row in rows})
-        raise EvaluationError(f"{source}: slide {name} has two patients, {both[0]} and {both[1]}")
     found = []
     for column in columns:
         values: dict[str, str] = {}

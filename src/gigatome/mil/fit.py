@@ -175,14 +175,14 @@ def fit_bags(
         model.to(device)
         training = _Training(model, source, targets.to(device), criterion, options, seed)
         history: list[Epoch] = []
-        best, weights = 0, {}
+        best, lowest, weights = 0, np.inf, {}
         for number in range(1, options.epochs + 1):
             loss, skipped, lr = training.epoch(number, train)
             val_loss = None if val is None or not len(val) else training.val_loss(val)
             history.append(Epoch(number, loss, val_loss, lr, skipped))
             progress("epoch", number, options.epochs)
-            if val_loss is not None and (best == 0 or val_loss < (history[best - 1].val_loss or np.inf)):
-                best = number
+            if val_loss is not None and (val_loss < lowest):
+                best, lowest = number, val_loss
                 if options.select == "best":
                     weights = copy.deepcopy(model.state_dict())
             if options.patience is not None and number - best >= options.patience:
@@ -267,6 +267,8 @@ class _Training:
         steps = chunks(order, options.batch_bags * options.accumulate)
         sizes = self.source.sizes if options.instances is None else self.source.sizes.clip(max=options.instances)
         cut = [packs(step, sizes, options.batch_bags, options.max_instances) for step in steps]
+        if isinstance(self.criterion, Comparing) and number == 1:
+            self._warn_of_small_packs(steps, cut)
         draws = partial(generator, self.seed, "mil", "instances", number) if options.instances else None
         flat = [pack for step in cut for pack in step]
         batches = read(self.source, flat, model.needs, self.device, draws, options.instances)
@@ -285,6 +287,16 @@ class _Training:
                 self._look(number, pending, flags, lr)
                 pending.clear()
         return (total.item() / counted if counted else float("nan")), skipped, lr
+
+    def _warn_of_small_packs(self, steps: list[NDArray[np.int64]], cut: list[list[NDArray[np.int64]]]) -> None:
+        """Bags are compared within a pack; raises :class:`ConfigError` if every pack is a single bag."""
+        if all(len(pack) == 1 for parts in cut for pack in parts):
+            raise ConfigError(
+                "this loss compares bags, and each alone is as large as max_instances; raise max_instances, or set "
+                "instances"
+            )
+        if any(len(parts) > -(-len(step) // self.options.batch_bags) for step, parts in zip(steps, cut, strict=True)):
+            log.warning("batches are cut at max_instances, and bags compared within a part only; raise max_instances")
 
     def val_loss(self, val: NDArray[np.int64]) -> float:
         """The criterion on all validation bags at once."""
