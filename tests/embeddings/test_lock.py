@@ -113,3 +113,13 @@ def test_only_one_of_many_gets_it(output):
     command = [sys.executable, "-c", program, str(output), str(start)]
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert sum(int(racer.communicate()[0]) for racer in racers) == 1
+
+
+def test_a_sweep_takes_dead_locks_away_and_no_others(output, held):
+    Lock(output).sweep()  # there is none
+    write_lock(held, pid=os.getppid())
+    Lock(output).sweep()
+    assert held.exists()
+    write_lock(held, pid=dead_pid())
+    Lock(output).sweep()
+    assert list(held.parent.iterdir()) == []

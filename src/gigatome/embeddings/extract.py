@@ -280,7 +280,7 @@ def _shard(cohort: Cohort, shard: tuple[int, int]) -> Cohort:
 def _todo(
     cohort: Cohort, grids: Mapping[str, TileGrid], store: EmbeddingStore, maker: Maker, overwrite: bool
 ) -> list[CohortSlide]:
-    """The slides without valid embeddings."""
+    """The slides without valid embeddings; dead locks of the others are removed."""
     slides = [slide for slide in cohort if slide.name in grids]
     states = {slide.name: _state(store.path(slide.name), grids[slide.name], maker) for slide in slides}
     foreign = [name for name, state in states.items() if state == "foreign"]
@@ -290,6 +290,8 @@ def _todo(
             + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
             + "); give this encoder another name, or pass overwrite to replace them"
         )
+    for name in (name for name, state in states.items() if state == "done"):
+        Lock(store.path(name)).sweep()
     return [slide for slide in slides if states[slide.name] != "done"]
 
 

@@ -44,6 +44,12 @@ class Lock:
             return False
         return self._create()
 
+    def sweep(self) -> None:
+        """Removes a lock whose owner is gone, such as one who was killed after writing the output."""
+        held = self._read()
+        if held is not None and self._is_stale(held):
+            self._remove(held)
+
     def release(self) -> None:
         """Gives the lock back if it is still ours."""
         if self._mine is not None and self._read() == self._mine:
