@@ -110,6 +110,22 @@ def class_result(
         probabilities=np.concatenate([run.predicted.probabilities for run in runs]),
     )
     folds = tuple(fold_score(k, run.split, outcome.y[run.split.test], run.predicted) for k, run in enumerate(runs))
+    return score_classes(units, splits, predictions, folds, setting, unlabelled=unlabelled)
+
+
+def score_classes(
+    units: Units,
+    splits: Splits,
+    predictions: Predictions,
+    folds: tuple[FoldScore, ...],
+    setting: Setting,
+    *,
+    unlabelled: int = 0,
+) -> EvaluationResult:
+    """The result of predictions of classes."""
+    outcome = units.outcome
+    assert isinstance(outcome, ClassOutcome)  # noqa: S101 - for the type checker
+    tested = set(predictions.slides)
     return EvaluationResult(
         target=setting.target,
         head=setting.head,
@@ -117,7 +133,7 @@ def class_result(
         encoder=setting.encoder,
         level=units.level,
         classes=outcome.classes,
-        n_slides=sum(len(units.slides[i]) for i in set(tested.tolist())),
+        n_slides=sum(len(slides) for name, slides in zip(units.names, units.slides, strict=True) if name in tested),
         n_patients=len(set(predictions.patients)),
         scores=score(
             predictions.y,
@@ -125,7 +141,7 @@ def class_result(
             predictions.patients,
             seed=setting.seed,
             resamples=setting.resamples,
-            inflation=inflation_of([run.split for run in runs]),
+            inflation=inflation_of(splits.parts),
         ),
         by_slide={},
         folds=folds,

@@ -1,6 +1,7 @@
 """Classifying tiles, each with the label of its slide, and then slides by their tiles."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from gigatome.core.logs import Progress, silent
 from gigatome.core.seeding import generator
 from gigatome.embeddings.store import EmbeddingStore
-from gigatome.evaluation.crossval import Setting, fold_score, inflation_of, left_out
+from gigatome.evaluation.crossval import Setting, fold_score, inflation_of, score_classes
 from gigatome.evaluation.heads import Prediction
 from gigatome.evaluation.probes import Probe, fit_predict
 from gigatome.evaluation.result import EvaluationResult, FoldScore, Predictions, Scores, score
@@ -66,27 +67,9 @@ def evaluate_tiles(
         y=y[row],
         probabilities=np.concatenate(found),
     )
-    case = predictions.y, predictions.probabilities, predictions.patients
-    inflation = inflation_of(splits.parts)
-    return EvaluationResult(
-        target=setting.target,
-        head=setting.head,
-        options=setting.options,
-        encoder=setting.encoder,
-        level="tile",
-        classes=outcome.classes,
-        n_slides=len(set(predictions.slides)),
-        n_patients=len(set(predictions.patients)),
-        scores=score(*case, seed=setting.seed, resamples=setting.resamples, inflation=inflation),
-        by_slide=_by_slide(predictions, setting.seed, setting.resamples, inflation),
-        folds=tuple(folds),
-        predictions=predictions,
-        seed=setting.seed,
-        split=splits.name,
-        split_hash=splits.digest,
-        unlabelled=unlabelled,
-        without_embeddings=left_out(units),
-    )
+    result = score_classes(units, splits, predictions, tuple(folds), setting, unlabelled=unlabelled)
+    by_slide = _by_slide(predictions, setting.seed, setting.resamples, inflation_of(splits.parts))
+    return replace(result, level="tile", by_slide=by_slide)
 
 
 def _tiles(
