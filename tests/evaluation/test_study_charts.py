@@ -14,8 +14,8 @@ from gigatome.evaluation.curves import (
     confusion,
     curve_band,
     learning_curves,
-    patient_weights,
 )
+from gigatome.evaluation.metrics import patient_weights
 from gigatome.evaluation.report import Chart
 from gigatome.evaluation.study import FewShot
 from gigatome.evaluation.study_charts import (

@@ -10,13 +10,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.core.seeding import generator
+from gigatome.evaluation.metrics import patient_weights
 from gigatome.evaluation.study import FewShot
 
 Kind = Literal["roc", "precision_recall"]
 
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
-_CELLS_AT_ONCE = 2_000_000  # weights held at a time: 16 MB
 _FINE = 501  # points of a macro-averaged curve
 _MOST_POINTS = 3000
 
@@ -120,15 +119,6 @@ def curve_band(
         low, high = np.minimum(low, least), np.maximum(high, most)
     ends = _quantiles(areas[:, None])
     return CurveBand(x, line, at, low, high, area, (float(ends[0][0]), float(ends[1][0])))
-
-
-def patient_weights(patients: Sequence[str], seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
-    """Resamples of whole patients with replacement, a block at a time, as weights float64 [≤ resamples, N]."""
-    names, patient = np.unique(np.asarray(patients), return_inverse=True)
-    draws = generator(seed, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    step = max(1, _CELLS_AT_ONCE // max(1, len(patient)))
-    for start in range(0, resamples, step):
-        yield draws[start : start + step, patient].astype(np.float64)
 
 
 def confusion(y: NDArray[np.int64], p: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -247,6 +247,15 @@ def resampled_difference(
     return Difference(value, percentile_interval(drawn, level), float(min(1.0, 2 * tail / (len(valid) + 1))))
 
 
+def patient_weights(patients: Sequence[str], seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
+    """Resamples of whole patients with replacement, a block at a time, as weights float64 [≤ resamples, N]."""
+    names, patient = np.unique(np.asarray(patients), return_inverse=True)
+    draws = generator(seed, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    step = max(1, _CELLS_AT_ONCE // max(1, len(patient)))
+    for start in range(0, resamples, step):
+        yield draws[start : start + step, patient].astype(np.float64)
+
+
 def bootstrap(
     score: Callable[[NDArray[np.float64]], NDArray[np.float64]], patients: Sequence[str], *, seed: int, resamples: int
 ) -> NDArray[np.float64]:
@@ -258,7 +267,7 @@ def bootstrap(
         seed: of the resampling.
         resamples: how many.
     """
-    return np.concatenate([score(weights) for weights in _resample(patients, seed, resamples)])
+    return np.concatenate([score(weights) for weights in patient_weights(patients, seed, resamples)])
 
 
 def percentile_interval(drawn: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
@@ -389,12 +398,3 @@ def _average_precision(
     precision = np.cumsum(found, axis=1) / np.where(called > 0, called, 1.0)
     with np.errstate(invalid="ignore"):
         return (found * precision).sum(1) / found.sum(1)
-
-
-def _resample(patients: Sequence[str], seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
-    """Weights float64 [≤ resamples, N]: how often each sample's patient was drawn, some resamples at a time."""
-    names, patient = np.unique(np.asarray(patients), return_inverse=True)
-    draws = generator(seed, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    step = max(1, _CELLS_AT_ONCE // max(1, len(patient)))
-    for start in range(0, resamples, step):
-        yield draws[start : start + step, patient].astype(np.float64)

@@ -169,9 +169,7 @@ class EvaluationResult:
     @property
     def fold_auroc(self) -> tuple[float, float]:
         """Mean and standard deviation (n − 1) of the AUROC of folds that test every class; NaN without such folds."""
-        values = [fold.auroc for fold in self.folds if math.isfinite(fold.auroc)]
-        mean = float(np.mean(values)) if values else math.nan
-        return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        return over_folds([fold.auroc for fold in self.folds])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as JSON can hold it; a score that is not defined is None."""
@@ -191,9 +189,7 @@ class EvaluationResult:
         Raises:
             StoreError: a file cannot be written.
         """
-        path = Path(path).with_suffix(".json")
-        write_atomic(path.with_suffix(".csv"), self.predictions_csv())
-        write_atomic(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_result(path, self.to_dict(), self.predictions_csv())
 
     def predictions_csv(self) -> str:
         """A row for each prediction."""
@@ -312,6 +308,20 @@ def score(
         brier=metrics.brier(y, p),
         calibration_error=expected_calibration_error(y, p[:, 1] if p.shape[1] == 2 else p),
     )
+
+
+def over_folds(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n − 1) of the folds' scores that are finite; NaN without enough of them."""
+    values = [score for score in scores if math.isfinite(score)]
+    mean = float(np.mean(values)) if values else math.nan
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def write_result(path: str | Path, values: Mapping[str, Any], predictions: str) -> None:
+    """Writes ``path``, with the ending ``.json``, and beside it the predictions, with ``.csv``."""
+    path = Path(path).with_suffix(".json")
+    write_atomic(path.with_suffix(".csv"), predictions)
+    write_atomic(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def plain(value: Any) -> Any:

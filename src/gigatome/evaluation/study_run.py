@@ -123,19 +123,21 @@ def _external(options: StudyOptions, learnt: Sequence[_Learnt]) -> list[_Learnt]
     """Each arm again, learnt from the whole cohort and tested on the external one."""
     if options.external is None:
         return []
+    outcome, omics = learnt[0].prepared.units.outcome, _omics(options)
+    others = {
+        EmbeddingStore.open(path).folder: read_units(
+            EmbeddingStore.open(other), options.external.labels, options.outcome,
+            level=learnt[0].prepared.units.level, label_map=options.label_map, site=options.site,
+            classes=outcome.classes if isinstance(outcome, ClassOutcome) else None, omics=omics,
+        )
+        for path, other in zip(options.embeddings, options.external.embeddings, strict=True)
+    }  # fmt: skip
     found = []
     for item in learnt:
         result, store = item.arm.result, item.prepared.data.store
         if item.arm.null:
             continue
-        place = [EmbeddingStore.open(path).folder for path in options.embeddings].index(store.folder)
-        outcome = item.prepared.units.outcome
-        units, data = read_units(
-            EmbeddingStore.open(options.external.embeddings[place]), options.external.labels, options.outcome,
-            level=item.prepared.units.level, label_map=options.label_map, site=options.site,
-            classes=outcome.classes if isinstance(outcome, ClassOutcome) else None,
-            omics=_omics(options),
-        )  # fmt: skip
+        units, data = others[store.folder]
         setting = setting_of(store, options.outcome, result.head, item.head, options.seed, options.resamples)
         tested = evaluate_external(item.prepared, units, data, item.head, setting, options.splits)
         label = f"{item.arm.label}, tested on {Path(options.external.labels).name}"

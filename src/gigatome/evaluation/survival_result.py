@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.blob.store import write_atomic
-from gigatome.evaluation.result import plain
+from gigatome.evaluation.result import over_folds, plain, write_result
 
 
 @dataclass(frozen=True)
@@ -139,9 +137,7 @@ class SurvivalResult:
     @property
     def fold_c_index(self) -> tuple[float, float]:
         """Mean and standard deviation (n − 1) over the folds that have one, as the papers print it."""
-        values = np.array([fold.c_index for fold in self.folds if np.isfinite(fold.c_index)])
-        mean = float(values.mean()) if len(values) else float("nan")
-        return mean, float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+        return over_folds([fold.c_index for fold in self.folds])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the predictions, as JSON can hold it; a score that is not defined is None."""
@@ -157,9 +153,7 @@ class SurvivalResult:
         Raises:
             StoreError: a file cannot be written.
         """
-        path = Path(path).with_suffix(".json")
-        write_atomic(path.with_suffix(".csv"), self.predictions_csv())
-        write_atomic(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_result(path, self.to_dict(), self.predictions_csv())
 
     def predictions_csv(self) -> str:
         """A row for each prediction."""
