@@ -8,18 +8,27 @@ from pathlib import Path
 from gigatome.core.errors import ConfigError, StoreError
 from gigatome.core.logs import Failure, Progress, log, silent
 from gigatome.embeddings.bags import check_bags
+from gigatome.embeddings.regions import TILES
+from gigatome.embeddings.slide_store import (
+    Embeddings,
+    SlideStore,
+    holds_embeddings,
+    open_store,
+    slide_folders,
+)
+from gigatome.embeddings.slide_vectors import VIEW_TILES
 from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.protocol import store_cohort
 from gigatome.evaluation.saved import CARD, NewPrediction, SavedModel, load_model
 from gigatome.evaluation.study_run import MODELS
 from gigatome.evaluation.tables import read_labels
-from gigatome.evaluation.unit_data import UnitData
+from gigatome.evaluation.unit_data import Origin, UnitData, tiling_of
 from gigatome.slides.cohort import Cohort
 
 
 def predict_slides(
     run: str | Path,
-    slides: Cohort | EmbeddingStore | str | Path,
+    slides: Cohort | Embeddings | str | Path,
     *,
     arm: str | None = None,
     encoder: str | None = None,
@@ -50,10 +59,11 @@ def predict_slides(
         ConfigError: slides are given and no encoder, or several arms are there to choose from.
         EvaluationError: the embeddings are by another encoder, or of other tiles, than those the heads learnt from.
     """
-    model = load_model(_folder(Path(run), arm))
+    model = load_model(heads_folder(run, arm))
     store, cohort, failures = _embedded(model, slides, encoder, job, device, progress)
     cohort = cohort if patients is None else read_labels(patients, cohort)
-    names = [slide.name for slide in cohort if store.path(slide.name).is_file()]
+    there = set(store.names())
+    names = [slide.name for slide in cohort if slide.name in there]
     unusable = check_bags(store, names)
     lost = {name: reason for reason, members in unusable.items() for name in members}
     failures += tuple(Failure(name, "predict", "unusable", reason) for name, reason in lost.items())
@@ -75,7 +85,9 @@ def predict_slides(
     return replace(model, level="patient" if together else "slide"), model.predict(data), failures
 
 
-def _folder(run: Path, arm: str | None) -> Path:
+def heads_folder(run: str | Path, arm: str | None = None) -> Path:
+    """The folder of heads that ``run`` is, or that of its one arm, or of ``arm``; raises as :func:`predict_slides`."""
+    run = Path(run)
     if (run / CARD).is_file():
         return run
     found = sorted(path.parent for path in (run / MODELS).glob(f"*/{CARD}"))
@@ -89,15 +101,15 @@ def _folder(run: Path, arm: str | None) -> Path:
 
 def _embedded(
     model: SavedModel,
-    slides: Cohort | EmbeddingStore | str | Path,
+    slides: Cohort | Embeddings | str | Path,
     encoder: str | None,
     job: str | Path | None,
     device: str,
     progress: Progress,
-) -> tuple[EmbeddingStore, Cohort, tuple[Failure, ...]]:
-    if isinstance(slides, EmbeddingStore):
+) -> tuple[Embeddings, Cohort, tuple[Failure, ...]]:
+    if isinstance(slides, EmbeddingStore | SlideStore):
         return slides, store_cohort(slides), ()
-    if not isinstance(slides, Cohort) and _holds_embeddings(Path(slides)):
+    if not isinstance(slides, Cohort) and holds_embeddings(slides):
         store = _store(Path(slides), model)
         return store, store_cohort(store), ()
     origin = model.origin
@@ -107,6 +119,12 @@ def _embedded(
         )
     if "patch_size" not in origin.tiling or not {"target_mpp", "target_magnification"} & set(origin.tiling):
         raise ConfigError("the heads' card does not say which tiles they learnt from; embed the slides first")
+    level = "region" if TILES in origin.tiling else "slide" if VIEW_TILES in origin.tiling else ""
+    if level:
+        raise ConfigError(
+            f"the heads learnt from {level}s; embed the slides with gigatome embed … --level {level}, and give the job "
+            "directory in place of the slides"
+        )
     from gigatome.embeddings.extract import embed
 
     store = embed(
@@ -117,18 +135,22 @@ def _embedded(
     return replace(store, failures=()), cohort, tuple(store.failures)
 
 
-def _holds_embeddings(path: Path) -> bool:
-    return path.is_dir() and (
-        path.name.startswith("features_") or any(path.glob("features_*")) or any(path.glob("*/features_*"))
-    )
+def _store(path: Path, model: SavedModel) -> Embeddings:
+    """The only embeddings, or, where there are several, those by the card's encoder of the card's tiles."""
+    found, origin = EmbeddingStore.find(path), model.origin
+    of_slides = {folder.name.removeprefix("slide_features_") for folder in slide_folders(path.absolute())}
+    if not found or origin.encoder in of_slides:
+        return open_store(path, encoder=origin.encoder if origin.encoder in of_slides else None)
+    if len(found) > 1:
+        found = [store for store in found if store.encoder == origin.encoder] or found
+    if len(found) > 1:
+        found = [store for store in found if _tiled_alike(store, origin)] or found
+    return found[0] if len(found) == 1 else EmbeddingStore.open(path, encoder=origin.encoder)
 
 
-def _store(path: Path, model: SavedModel) -> EmbeddingStore:
-    """The embeddings by the card's encoder where there are several, else the only ones."""
-    try:
-        return EmbeddingStore.open(path)
-    except StoreError:
-        return EmbeddingStore.open(path, encoder=model.origin.encoder)
+def _tiled_alike(store: EmbeddingStore, origin: Origin) -> bool:
+    names = store.names()[:1]
+    return bool(names) and tiling_of(store, names[0]) == dict(origin.tiling)
 
 
 def _mpp(tiling: Mapping[str, float]) -> float:

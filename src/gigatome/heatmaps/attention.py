@@ -18,12 +18,13 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gigatome.blob.store import redact
 from gigatome.core.errors import ConfigError, NoTissueError
@@ -86,6 +87,11 @@ class HeatMap:
         """Mean over the channels, float32 [rows, columns]."""
         return self.values.mean(0)
 
+    def check_channel(self, channel: int | None) -> None:
+        """Raises :class:`ConfigError` if there is no such channel; None is the mean of all."""
+        if channel is not None and not 0 <= channel < len(self.channels):
+            raise ConfigError(f"the heat-map has channels 0 to {len(self.channels) - 1}, not {channel}")
+
     def coarser(self, factor: int) -> "HeatMap":
         """The map with cells ``factor`` times as wide, each the mean of those in it that are not NaN."""
         if factor == 1:
@@ -137,6 +143,31 @@ def attention_map(
         NoTissueError: there are no tiles.
         SlideError: a tile cannot be read.
     """
+    side = patches_along(slide, grid, encoder, options)
+    raster = Raster(grid, side)
+    shifts = shifts_of(side, options.shifts)
+    places = np.concatenate([raster.places + shift for shift in shifts])
+    coords = np.concatenate([np.rint(grid.coords + shift * raster.cell).astype(np.int64) for shift in shifts])
+    done = 0
+    with evaluating(encoder):
+        for images in read_tiles(slide, coords, grid, options):
+            with torch.inference_mode():
+                attention = encoder.attention(encoder.normalise(torch.from_numpy(images)))
+            blocks = ranks(attention.flatten(2)).view_as(attention) if options.rank == "tile" else attention
+            for place, block in zip(places[done : done + len(images)], blocks.cpu().numpy(), strict=True):
+                raster.add(place, block)
+            done += len(images)
+            progress("attention", done, len(coords))
+    heat = raster.finish(tuple(f"attention_h{head}" for head in range(raster.channels)))
+    if options.rank == "slide":
+        for channel in heat.values:
+            present = np.isfinite(channel)
+            channel[present] = ranks(torch.from_numpy(channel[present])).numpy()
+    return heat
+
+
+def patches_along(slide: Slide, grid: TileGrid, encoder: TileEncoder, options: AttentionOptions) -> int:
+    """Patches along a tile's side; raises as :func:`attention_map` where there can be no map."""
     if not len(grid):
         message = f"no tile has {grid.min_tissue:.0%} of tissue; lower min_tissue or the tile size"
         raise NoTissueError(redact(slide.uri), message)
@@ -146,29 +177,12 @@ def attention_map(
             f"attention map: tiles of {grid.tile_size} px do not go with patches of {encoder.patch_size} px and "
             f"{options.shifts} shifts; the tile size must be a multiple of the patch size, with at most a shift a patch"
         )
-    raster = _Raster(grid, side)
-    shifts = [np.array(pair) * side // options.shifts for pair in itertools.product(range(options.shifts), repeat=2)]
-    places = np.concatenate([raster.places + shift for shift in shifts])
-    coords = np.concatenate([np.rint(grid.coords + shift * raster.cell).astype(np.int64) for shift in shifts])
-    training, done = encoder.training, 0
-    encoder.eval()
-    try:
-        for images in _read(slide, coords, grid, options):
-            with torch.inference_mode():
-                attention = encoder.attention(encoder.normalise(torch.from_numpy(images)))
-            blocks = _rank(attention.flatten(2)).view_as(attention) if options.rank == "tile" else attention
-            for place, block in zip(places[done : done + len(images)], blocks.cpu().numpy(), strict=True):
-                raster.add(place, block)
-            done += len(images)
-            progress("attention", done, len(coords))
-    finally:
-        encoder.train(training)
-    heat = raster.finish(tuple(f"attention_h{head}" for head in range(raster.channels)))
-    if options.rank == "slide":
-        for channel in heat.values:
-            present = np.isfinite(channel)
-            channel[present] = _rank(torch.from_numpy(channel[present])).numpy()
-    return heat
+    return side
+
+
+def shifts_of(side: int, count: int) -> list[np.ndarray]:
+    """The ``count²`` shifts (x, y) of passes over blocks of ``side``, (0, 0) first."""
+    return [np.array(pair) * side // count for pair in itertools.product(range(count), repeat=2)]
 
 
 def tile_map(grid: TileGrid, values: np.ndarray, *, channels: Sequence[str] = ("value",)) -> HeatMap:
@@ -188,13 +202,13 @@ def tile_map(grid: TileGrid, values: np.ndarray, *, channels: Sequence[str] = ("
         raise ValueError(f"{len(grid)} tiles and {len(channels)} channels do not fit values {np.shape(values)}")
     # the widest cell that both the tile and its step are made of, or a sixteenth of a tile where that would be tiny
     cell = max(math.gcd(grid.tile_size, grid.overlap), grid.tile_size // 16, 1)
-    raster = _Raster(grid, max(1, round(grid.tile_size / cell)))
+    raster = Raster(grid, max(1, round(grid.tile_size / cell)))
     for place, row in zip(raster.places, rows, strict=True):
         raster.add(place, np.broadcast_to(row[:, None, None], (len(row), raster.side, raster.side)))
     return raster.finish(tuple(channels))
 
 
-class _Raster:
+class Raster:
     """Sums the blocks of tiles where they lie; a tile is ``side`` × ``side`` cells."""
 
     def __init__(self, grid: TileGrid, side: int):
@@ -214,27 +228,43 @@ class _Raster:
 
     @property
     def channels(self) -> int:
+        """How many there are; none before the first block."""
         return len(self.sums)
 
-    def add(self, place: np.ndarray, block: np.ndarray) -> None:
-        """Adds a block [channels, side, side] whose first cell lies at ``place``, (column, row)."""
+    def add(self, place: np.ndarray, block: np.ndarray, count: int = 1) -> None:
+        """Adds a block [channels, side, side], the sum of ``count``, with its first cell at ``place`` (column, row)."""
         if not self.channels:
             self.sums = np.zeros((len(block), *self.counts.shape), np.float32)
         column, row = place
         window = (slice(row, row + self.side), slice(column, column + self.side))
         self.sums[:, *window] += block
-        self.counts[window] += 1
+        self.counts[window] += count
 
     def finish(self, channels: tuple[str, ...]) -> HeatMap:
-        """Mean of all that was added, on the cells of tissue tiles."""
+        """Mean of all that was added, on the cells of tissue tiles; the sums are gone afterwards."""
         rows, columns = (extent - self.side for extent in self.counts.shape)
-        tissue = self.tissue[:rows, :columns]
-        values = np.full((self.channels, rows, columns), np.nan, np.float32)
-        np.divide(self.sums[:, :rows, :columns], self.counts[:rows, :columns], out=values, where=tissue)
+        counts = self.counts[:rows, :columns]
+        present = self.tissue[:rows, :columns] & (counts > 0)
+        values = self.sums[:, :rows, :columns]
+        np.divide(values, counts, out=values, where=present)
+        values[:, ~present] = np.nan
         return HeatMap(values, channels, int(self.origin[0]), int(self.origin[1]), self.cell, self.slide_mpp)
 
 
-def _rank(values: Tensor) -> Tensor:
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """The modules in evaluation mode; as they were before, afterwards."""
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.train(training)
+
+
+def ranks(values: Tensor) -> Tensor:
     """Percentile ranks in (0, 1) along the last axis, equal values sharing the middle of theirs."""
     values = values.contiguous()
     ordered = values.sort(-1).values
@@ -242,7 +272,7 @@ def _rank(values: Tensor) -> Tensor:
     return ((below + upto) / (2 * values.shape[-1])).to(values.dtype)
 
 
-def _read(slide: Slide, coords: np.ndarray, grid: TileGrid, options: AttentionOptions) -> Iterator[np.ndarray]:
+def read_tiles(slide: Slide, coords: np.ndarray, grid: TileGrid, options: AttentionOptions) -> Iterator[np.ndarray]:
     """Batches of tiles, uint8 [B, size, size, 3], read ahead by threads."""
     pending: deque[list[Future[np.ndarray]]] = deque()
     with ThreadPoolExecutor(options.threads) as pool:

@@ -1,6 +1,7 @@
 """Heat-maps for people: a picture over the slide, and objects for QuPath."""
 
 import json
+import math
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,16 +60,13 @@ def overlay(image: np.ndarray, box: Box, heat: HeatMap, options: OverlayOptions 
         ConfigError: the map has no such channel, or matplotlib no such colour map.
         MissingExtraError: matplotlib, which has the colours, is not installed.
     """
-    if options.channel is not None and not 0 <= options.channel < len(heat.channels):
-        raise ConfigError(f"the heat-map has channels 0 to {len(heat.channels) - 1}, not {options.channel}")
-    values = _sample(heat, options.channel, box, image.shape[0], image.shape[1])
-    present = np.isfinite(values)
-    low, high = options.limits or (np.percentile(values[present], (1, 99)) if present.any() else (0.0, 1.0))
-    colours = _colours(options.colormap)
-    scaled = np.clip((values[present] - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
-    blended = image.copy()
-    colour = colours[np.rint(scaled * 255).astype(np.uint8)]
-    blended[present] = np.rint(options.alpha * colour + (1 - options.alpha) * image[present]).astype(np.uint8)
+    heat.check_channel(options.channel)
+    height, width = image.shape[:2]
+    steps = box.width / width, box.height / height
+    values = sample(drawn(heat, options.channel, max(steps)), (box.x, box.y), steps, height, width)
+    low, high = options.limits or limits_of(values)
+    colours = colours_of(options.colormap)
+    blended = blend(image, values, (low, high), colours, options.alpha)
     if not options.legend:
         return blended
     name = "mean" if options.channel is None else heat.channels[options.channel]
@@ -110,7 +108,7 @@ def write_geojson(
 ) -> int:
     """Writes a heat-map as objects for QuPath: squares of type ``tile`` with a measurement a channel.
 
-    A map of several channels named ``attention_h0``, ``attention_h1`` … also gets their mean, as ``attention``.
+    Channels named ``attention_h0``, ``attention_h1`` … also get their mean, as ``attention``.
 
     Args:
         path: ``.geojson`` to write, whole or not at all.
@@ -138,14 +136,10 @@ def write_geojson(
 
 
 def _features(heat: HeatMap, slide: str, origin: tuple[int, int]) -> Iterator[dict]:
-    mean = heat.mean
-    shared = heat.channels[0].rpartition("_")[0]
-    for row, column in np.argwhere(np.isfinite(mean)).tolist():
-        measurements = {
-            name: round(float(value), 6) for name, value in zip(heat.channels, heat.values[:, row, column], strict=True)
-        }
-        if len(heat.channels) > 1:
-            measurements = {shared or "mean": round(float(mean[row, column]), 6), **measurements}
+    names, values = _with_means(heat)
+    for row, column in np.argwhere(np.isfinite(heat.values).any(0)).tolist():
+        found = zip(names, values[:, row, column].tolist(), strict=True)
+        measurements = {name: round(value, 6) for name, value in found if math.isfinite(value)}
         left, top = heat.x - origin[0] + column * heat.cell, heat.y - origin[1] + row * heat.cell
         left, top, right, bottom = (round(edge, 2) for edge in (left, top, left + heat.cell, top + heat.cell))
         ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
@@ -157,20 +151,71 @@ def _features(heat: HeatMap, slide: str, origin: tuple[int, int]) -> Iterator[di
         }
 
 
-def _sample(heat: HeatMap, channel: int | None, box: Box, height: int, width: int) -> np.ndarray:
-    """Values [height, width] of a picture of ``box``: of the nearest cell, or the mean of all that a pixel covers."""
+def _with_means(heat: HeatMap) -> tuple[list[str], np.ndarray]:
+    """Names and values of all channels, each run of heads after its mean."""
+    groups: dict[str, list[int]] = {}
+    for index, channel in enumerate(heat.channels):
+        stem, _, head = channel.rpartition("_h")
+        groups.setdefault(stem if stem and head.isdigit() else channel, []).append(index)
+    names, values = [], []
+    for stem, members in groups.items():
+        if len(members) > 1:
+            names.append(stem)
+            values.append(heat.values[members].mean(0))
+        names += [heat.channels[index] for index in members]
+        values += [heat.values[index] for index in members]
+    return names, np.stack(values)
+
+
+def drawn(heat: HeatMap, channel: int | None, step: float) -> HeatMap:
+    """The one channel to draw, None for the mean of all, with cells that fit pixels of ``step`` level-0 pixels."""
     single = heat.mean if channel is None else heat.values[channel]
     heat = HeatMap(single[None], ("",), heat.x, heat.y, heat.cell, heat.slide_mpp)
-    heat = heat.coarser(max(1, int(max(box.width / width, box.height / height) / heat.cell)))
-    columns = np.floor((box.x + (np.arange(width) + 0.5) * box.width / width - heat.x) / heat.cell).astype(np.int64)
-    rows = np.floor((box.y + (np.arange(height) + 0.5) * box.height / height - heat.y) / heat.cell).astype(np.int64)
+    return heat.coarser(max(1, int(step / heat.cell)))
+
+
+def sample(
+    heat: HeatMap, corner: tuple[float, float], steps: tuple[float, float], height: int, width: int
+) -> np.ndarray:
+    """First channel at the centres of pixels, float32 [height, width], NaN off the map.
+
+    Args:
+        heat: the map.
+        corner: (x, y) of the first pixel, level-0 pixels.
+        steps: width and height of a pixel, level-0 pixels.
+        height: pixels.
+        width: pixels.
+    """
+    columns = np.floor((corner[0] + (np.arange(width) + 0.5) * steps[0] - heat.x) / heat.cell).astype(np.int64)
+    rows = np.floor((corner[1] + (np.arange(height) + 0.5) * steps[1] - heat.y) / heat.cell).astype(np.int64)
     inside = np.ix_((rows >= 0) & (rows < heat.values.shape[1]), (columns >= 0) & (columns < heat.values.shape[2]))
     values = np.full((height, width), np.nan, np.float32)
     values[inside] = heat.values[0][rows[inside[0]], columns[inside[1]]]
     return values
 
 
-def _colours(name: str) -> np.ndarray:
+def limits_of(values: np.ndarray) -> tuple[float, float]:
+    """The 1st and the 99th percentile of the values that are there; 0 and 1 where there is none."""
+    present = values[np.isfinite(values)]
+    if not len(present):
+        return 0.0, 1.0
+    low, high = np.percentile(present, (1, 99)).tolist()
+    return low, high
+
+
+def blend(
+    image: np.ndarray, values: np.ndarray, limits: tuple[float, float], colours: np.ndarray, alpha: float
+) -> np.ndarray:
+    """``image``, uint8 [H, W, 3], with the colours of ``values`` [H, W] over it where these are not NaN."""
+    present, (low, high) = np.isfinite(values), limits
+    scaled = np.clip((values[present] - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
+    colour = colours[np.rint(scaled * 255).astype(np.uint8)]
+    blended = image.copy()
+    blended[present] = np.rint(alpha * colour + (1 - alpha) * image[present]).astype(np.uint8)
+    return blended
+
+
+def colours_of(name: str) -> np.ndarray:
     """The 256 colours of a colour map, uint8 [256, 3]."""
     matplotlib = require("matplotlib", "learn", "colour heat-maps")
     if name not in matplotlib.colormaps:
