@@ -6,7 +6,9 @@ stream is, is the share of the time that the device waited for tiles. Both in tu
 network and the decoding threads also share the cores.
 
 ``step``: :mod:`benchmarks.bench_step` on the GPU, a step of DINO beside a plain one. ``mil``:
-:mod:`benchmarks.bench_mil` on the GPU, an epoch of ABMIL beside CLAM's loop.
+:mod:`benchmarks.bench_mil` on the GPU, an epoch of ABMIL beside CLAM's loop. ``regions``:
+:mod:`benchmarks.bench_regions` on the GPU, regions embedded beside HIPT's way. ``giga``:
+:mod:`benchmarks.bench_giga` on the GPU, epochs of Giga-SSL at the scale of TCGA, for which 80 GB must fit there.
 
 Nothing is fetched. On a machine without a network bring the wheels of what is missing, as this says by name, and the
 built extension (``src/gigatome/_native.abi3.so``), or build it there: ``python setup.py build_ext --inplace``.
@@ -33,13 +35,17 @@ _NEEDED = {  # what is imported, and the package that holds it
     "pydantic": "pydantic", "safetensors": "safetensors", "shapely": "shapely", "simplejpeg": "simplejpeg",
     "tifffile": "tifffile", "timm": "timm", "torch": "torch", "torchvision": "torchvision", "yaml": "pyyaml",
 }  # fmt: skip
-_NEEDED_BY_MIL = {"h5py": "h5py", "scipy": "scipy", "sklearn": "scikit-learn"}
+_NEEDED_BY = {
+    "mil": {"h5py": "h5py", "scipy": "scipy", "sklearn": "scikit-learn"},
+    "giga": {"h5py": "h5py"},
+    "regions": {"h5py": "h5py", "openslide": "openslide-python openslide-bin"},
+}
 _LINES = 5  # lines of the log that each run writes; the first is its warm-up
 
 
 def check(name: str) -> None:
     """Makes gigatome importable from the working tree; exits if a package that a benchmark needs is missing."""
-    needed = _NEEDED | (_NEEDED_BY_MIL if name == "mil" else {})
+    needed = _NEEDED | _NEEDED_BY.get(name, {})
     missing = sorted(package for module, package in needed.items() if importlib.util.find_spec(module) is None)
     if missing:
         packages = " ".join(missing)
@@ -147,6 +153,20 @@ def mil(options: argparse.Namespace) -> dict[str, Any]:
     return bench_mil.run(options)
 
 
+def regions(options: argparse.Namespace) -> dict[str, Any]:
+    """Regions embedded, beside HIPT's way."""
+    from benchmarks import bench_regions
+
+    return bench_regions.run(options)
+
+
+def giga(options: argparse.Namespace) -> dict[str, Any]:
+    """Epochs of Giga-SSL's pretraining at the scale of TCGA."""
+    from benchmarks import bench_giga
+
+    return bench_giga.run(options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
@@ -162,6 +182,8 @@ def main() -> None:
     part.add_argument("--tiny", action="store_true", help="a tiny network on tiny tiles, to see whether it works")
     names.add_parser("step", help=step.__doc__, add_help=False)
     names.add_parser("mil", help=mil.__doc__, add_help=False)
+    names.add_parser("regions", help=regions.__doc__, add_help=False)
+    names.add_parser("giga", help=giga.__doc__, add_help=False)
     options, rest = parser.parse_known_args()
     check(options.name)
     if options.name == "step":
@@ -174,9 +196,19 @@ def main() -> None:
 
         given = mil_parser().parse_args(["--device", "cuda", "--bags", "200", *rest])
         options = argparse.Namespace(name="mil", **vars(given))
+    elif options.name == "regions":
+        from benchmarks.bench_regions import parser as regions_parser
+
+        given = regions_parser().parse_args(["--device", "cuda", "--regions", "32", *rest])
+        options = argparse.Namespace(name="regions", **vars(given))
+    elif options.name == "giga":
+        from benchmarks.bench_giga import parser as giga_parser
+
+        scale = ["--slides", "11754", "--augmentations", "50", "--tiles", "256", "--epochs", "5", "--no-files"]
+        options = argparse.Namespace(name="giga", **vars(giga_parser().parse_args(["--device", "cuda", *scale, *rest])))
     elif rest:
         parser.error(f"unrecognised: {' '.join(rest)}")
-    result = {"stream": stream, "step": step, "mil": mil}[options.name](options)
+    result = {"stream": stream, "step": step, "mil": mil, "regions": regions, "giga": giga}[options.name](options)
     print(json.dumps({"options": vars(options), **result}, indent=2, default=str))
 
 

@@ -78,24 +78,33 @@ FIGURES = {
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The tiles that encoders are judged by, as many of each slide as there are or are wanted.
+class Labelled:
+    """Parts of slides, and what is known of the slides.
 
     Attributes:
-        images: uint8 [N, size, size, 3].
         slide: [N], which slide.
-        left: [N], left edge in tiles' sides from the middle tile of the slide.
         target: of each slide, as a number.
         patients: of each slide.
         classes: names of the targets.
     """
 
-    images: NDArray[np.uint8]
     slide: NDArray[np.int64]
-    left: NDArray[np.float64]
     target: NDArray[np.int64]
     patients: tuple[str, ...]
     classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Samples(Labelled):
+    """The tiles that encoders are judged by, as many of each slide as there are or are wanted.
+
+    Attributes:
+        images: uint8 [N, size, size, 3].
+        left: [N], left edge in tiles' sides from the middle tile of the slide.
+    """
+
+    images: NDArray[np.uint8]
+    left: NDArray[np.float64]
 
     @cached_property
     def grey(self) -> NDArray[np.uint8]:
@@ -237,7 +246,7 @@ def colour_statistics(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.concatenate([images.mean((1, 2)), images.std((1, 2))], axis=1).astype(np.float32)
 
 
-def left_out(samples: Samples, x: NDArray[np.float32], probe: Probe) -> NDArray[np.float64]:
+def left_out(samples: Labelled, x: NDArray[np.float32], probe: Probe) -> NDArray[np.float64]:
     """Probabilities [N, classes] of the target, each tile's by a head that has not seen its patient."""
     labels = [samples.classes[target] for target in samples.target]
     y, p = samples.target[samples.slide], np.full((len(x), len(samples.classes)), np.nan)

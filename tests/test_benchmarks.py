@@ -94,6 +94,23 @@ def test_bench_read(folder, tmp_path):
     assert "| 0.5 from 0.25 | gigatome | " in text
 
 
+def test_bench_region_views(tmp_path):
+    pytest.importorskip("torch")
+    out = json.loads(run("bench_region_views", "--tiny", "--folder", tmp_path / "grids", "--write", tmp_path))
+    assert list(out["arms"]) == ["the authors' way", "gigatome", "gigatome, dropout", "gigatome, regions only"]
+    assert all(arm["views_per_second"] > 0 for arm in out["arms"].values())
+    (written,) = tmp_path.glob("region-views_*_??????.md")
+    assert "| gigatome, dropout | " in written.read_text(encoding="utf-8")
+
+
+def test_bench_giga():
+    pytest.importorskip("torch")
+    authors, *ours = json.loads(run("bench_giga", "--tiny"))["measured"]
+    assert (authors["arm"], authors["loader_times"], authors["step_times"]) == ("the authors' style", 1, 1)
+    assert [item["arm"] for item in ours] == ["on the device", "one packed file", "a file a slide"]
+    assert all(item["views_per_second"] > 0 and item["epoch_seconds"] > 0 for item in ours)
+
+
 def test_bench_mil(tmp_path):
     pytest.importorskip("torch")
     out = json.loads(run("bench_mil", "--tiny", "--folder", tmp_path / "bags", "--write", tmp_path))

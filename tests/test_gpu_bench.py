@@ -37,6 +37,30 @@ def test_mil(tmp_path):
     assert found["options"]["name"] == "mil"
 
 
+def test_giga(tmp_path):
+    done = run("giga", "--device", "cpu", "--tiny", "--write", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["measured"]
+    assert found["arm"] == "on the device"
+    assert found["thousand_epochs_minutes"] == pytest.approx(found["epoch_seconds"] * 1000 / 60, abs=0.01)
+    (written,) = tmp_path.glob("giga_*_??????.md")
+    assert "| on the device | " in written.read_text(encoding="utf-8")
+
+
+def test_regions(tmp_path):
+    pytest.importorskip("openslide")
+    done = run("regions", "--device", "cpu", "--tiny", "--folder", tmp_path, "--threads", 2, "--write", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["regions"] >= 2
+    assert 0 < found["tissue_share"] < 1
+    ways = ["HIPT's way", *(f"gigatome, {p}, {t}" for t in ("all tiles", "tissue") for p in ("fp32", "bf16"))]
+    assert list(found["arms"]) == ways
+    assert found["arms"]["gigatome, fp32, all tiles"]["cosine"] > 0.999  # the same regions, whatever reads them
+    (written,) = tmp_path.glob("regions_*_??????.md")
+    assert "| gigatome, bf16, tissue | " in written.read_text(encoding="utf-8")
+
+
 def test_what_is_missing_is_named():
     done = run("stream", isolated=True)
     assert done.returncode == 1

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gigatome.core.errors import GigatomeError
     from gigatome.core.geometry import Box
     from gigatome.embeddings.extract import embed
+    from gigatome.embeddings.extract_regions import embed_regions
     from gigatome.embeddings.store import EmbeddingStore
     from gigatome.encoders.zoo import load_encoder
     from gigatome.evaluation.predict import predict_slides
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from gigatome.evaluation.study_options import StudyOptions
     from gigatome.evaluation.study_run import run_study
     from gigatome.evaluation.units import SurvivalTarget
-    from gigatome.heatmaps.run import heatmap
+    from gigatome.heatmaps.run import heatmap, hierarchical_heatmap
     from gigatome.recipes.run import train
     from gigatome.recipes.schema import load_recipe
+    from gigatome.selfsup.embed_augmented import embed_augmented
     from gigatome.slides.check import check_cohort
     from gigatome.slides.cohort import Cohort
     from gigatome.slides.slide import Slide, open_slide
@@ -43,8 +45,11 @@ __all__ = [
     "TissueMask",
     "check_cohort",
     "embed",
+    "embed_augmented",
+    "embed_regions",
     "evaluate",
     "heatmap",
+    "hierarchical_heatmap",
     "load_encoder",
     "load_recipe",
     "make_grid",
@@ -68,8 +73,11 @@ _HOMES = {
     "TissueMask": "tissue.mask",
     "check_cohort": "slides.check",
     "embed": "embeddings.extract",
+    "embed_augmented": "selfsup.embed_augmented",
+    "embed_regions": "embeddings.extract_regions",
     "evaluate": "evaluation.protocol",
     "heatmap": "heatmaps.run",
+    "hierarchical_heatmap": "heatmaps.run",
     "load_encoder": "encoders.zoo",
     "load_recipe": "recipes.schema",
     "make_grid": "tiles.grid",

@@ -1,13 +1,26 @@
 """What the processes of a run tell each other; in a run of one process everything here is the identity.
 
 torchrun starts the processes and says who they are in ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``.
+
+Processes may share sequences too long for one of them: the run is then a mesh of sequences × parts of each. Losses of
+the processes of a sequence are the same, and each gradient is that of the sum of all processes' losses. Its mean over
+all processes, which data-parallel training takes anyway, is therefore the gradient of the mean loss of the sequences.
 """
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gigatome.core.errors import ConfigError, RunError
+
+_TIMEOUT = timedelta(minutes=10)  # in which one process of a sequence waits for another before it gives the run up
+_ROLL_CALL = timedelta(seconds=5)  # in which processes say that they are still there after a failure
 
 
 def rank() -> int:
@@ -63,3 +76,133 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
         return sum_over_ranks(gradient.contiguous()).chunk(world_size())[rank()].contiguous()
+
+
+@final
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The processes that hold parts of the same sequence, in the order of the parts.
+
+    Attributes:
+        size: how many parts.
+        rank: which of them this process holds.
+        sequences: how many sequences the run works on at once.
+        sequence: which of them this process works on; what data-parallel training calls the rank.
+        processes: that hold parts of this sequence; None if this one holds all of it.
+    """
+
+    size: int = 1
+    rank: int = 0
+    sequences: int = 1
+    sequence: int = 0
+    processes: dist.ProcessGroup | None = None
+
+
+def sequence_group(size: int, *, timeout: timedelta = _TIMEOUT) -> SequenceGroup:
+    """This process's place when each sequence has ``size`` parts; all processes of the run call it together.
+
+    Processes of consecutive numbers share a sequence, so that they are on one machine where that is possible.
+
+    Args:
+        size: parts of a sequence.
+        timeout: in which one process waits for another before it fails.
+
+    Raises:
+        ConfigError: ``size`` does not divide the number of processes.
+    """
+    if size < 1 or world_size() % size:
+        raise ConfigError(f"sequences of {size} parts need a multiple of {size} processes, not {world_size()}")
+    sequences = world_size() // size
+    groups = [
+        dist.new_group(list(range(first, first + size)), timeout=timeout)
+        for first in range(0, world_size(), size)
+        if size > 1
+    ]
+    sequence, place = divmod(rank(), size)
+    return SequenceGroup(size, place, sequences, sequence, groups[sequence] if groups else None)
+
+
+def sum_over_sequence(value: Tensor, group: SequenceGroup) -> Tensor:
+    """Sum of a tensor over the processes of a sequence; the gradient is that of the sum of all their losses.
+
+    Raises:
+        RunError: a process does not answer; the message names it.
+    """
+    return value if group.size == 1 else _Sum.apply(value, group)  # pyright: ignore[reportReturnType]
+
+
+@final
+class Exchange:
+    """Numbers on their way between the processes of a sequence.
+
+    Args:
+        sent: to each process of the sequence, flat and of one type on one device; none to itself.
+        sizes: how many numbers come from each.
+        group: the sequence's, all of whose processes exchange something now, if only nothing.
+    """
+
+    def __init__(self, sent: Sequence[Tensor], sizes: Sequence[int], group: SequenceGroup):
+        self._group, self._sizes = group, list(sizes)
+        self._sent = torch.cat(list(sent))
+        self._received = self._sent.new_empty(sum(sizes))
+        width = self._sent.element_size()
+        with _naming_the_missing(group):
+            self._work = dist.all_to_all_single(
+                self._received.view(torch.uint8), self._sent.view(torch.uint8),  # as not every type can be sent
+                [size * width for size in sizes], [len(part) * width for part in sent],
+                group=group.processes, async_op=True,
+            )  # fmt: skip
+
+    def received(self) -> tuple[Tensor, ...]:
+        """What came from each process, flat.
+
+        Raises:
+            RunError: a process does not answer; the message names it.
+        """
+        assert self._work is not None  # noqa: S101 - as it was asked for
+        with _naming_the_missing(self._group):
+            self._work.wait()
+        return self._received.split(self._sizes)
+
+
+@final
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: SequenceGroup) -> Tensor:
+        ctx.group = group
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        with _naming_the_missing(group):
+            dist.all_reduce(total, group=group.processes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Sum.apply(gradients[0], ctx.group), None  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def _naming_the_missing(group: SequenceGroup) -> Iterator[None]:
+    """An error of the network in the block becomes one that says which processes are gone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RunError(f"{_missing(group)}; this process stops too, and the last checkpoint stands") from error
+
+
+def _missing(group: SequenceGroup) -> str:
+    """Which processes of a sequence do not say that they are there, as the others do when they fail together."""
+    assert group.processes is not None  # noqa: S101 - a process that is alone does not wait for others
+    members = dist.get_process_group_ranks(group.processes)
+    try:
+        store = group.processes.get_group_store()
+        store.set(f"there/{rank()}", "")
+        with contextlib.suppress(RuntimeError):  # as not all of them come
+            store.wait([f"there/{member}" for member in members], _ROLL_CALL)
+        missing = [str(member) for member in members if not store.check([f"there/{member}"])]
+    except RuntimeError:
+        return "process 0, or the launcher, does not answer any more"
+    if not missing:
+        return f"processes {', '.join(map(str, members))} lost each other, though all are there"
+    return f"process {', '.join(missing)} of {world_size()} does not answer any more"

@@ -19,8 +19,10 @@ def test_public_names_are_locked():
     assert gigatome.__all__ == sorted(gigatome.__all__)
     assert set(gigatome.__all__) == {
         "Box", "Cohort", "EmbeddingStore", "GigatomeError", "Slide", "StudyOptions", "SurvivalTarget", "TileStream",
-        "TissueMask", "check_cohort", "embed", "evaluate", "heatmap", "load_encoder", "load_recipe", "make_grid",
-        "open_slide", "open_zarr", "predict_slides", "run_study", "segment", "train",
+        "TissueMask", "check_cohort", "embed", "embed_augmented", "embed_regions", "evaluate", "heatmap",
+        "hierarchical_heatmap",
+        "load_encoder", "load_recipe", "make_grid", "open_slide", "open_zarr", "predict_slides", "run_study", "segment",
+        "train",
     }  # fmt: skip
     for name in gigatome.__all__:
         assert getattr(gigatome, name).__doc__

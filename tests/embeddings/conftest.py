@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from small_regions import region_vit
 from torch import nn
 
 from gigatome.embeddings.extract import embed
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.slides.cohort import Cohort
+from gigatome.slides.slide import Slide
 
 MPP = 0.5
 
@@ -97,3 +99,22 @@ def prepared(slides, colour_encoder, tmp_path_factory):
 @pytest.fixture
 def job(prepared, tmp_path):
     return shutil.copytree(prepared, tmp_path / "job")
+
+
+@pytest.fixture(scope="session")
+def region_encoder():
+    """A region encoder for regions of the embeddings of ``encoder``."""
+    return region_vit()
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the slides of which tiles were read, one for each tile."""
+    seen, whole = [], Slide.read_tile
+
+    def read_tile(self, *args, **kwargs):
+        seen.append(self.name)
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Slide, "read_tile", read_tile)
+    return seen

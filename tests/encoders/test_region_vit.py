@@ -6,7 +6,7 @@ from torch import nn
 from gigatome.core.errors import ConfigError, RunError
 from gigatome.encoders.hipt import VIT4096, encode_regions, load_vit4096
 from gigatome.encoders.region_vit import RegionVit, RegionVitConfig
-from gigatome.encoders.vit import EncoderConfig, build_encoder
+from gigatome.encoders.vit import EncoderConfig, build_encoder, unfuse_attention
 
 SMALL = RegionVitConfig(input_dim=10, dim=12, depth=2, heads=3, grid=4)
 
@@ -144,3 +144,11 @@ def test_regions_are_encoded_from_whole_tiles_in_the_middle(encoder):
 def test_regions_smaller_than_a_tile_are_refused(encoder):
     with pytest.raises(ConfigError, match="200 × 800"):
         encode_regions(None, encoder, torch.zeros(1, 3, 200, 800))
+
+
+def test_attention_by_products_is_the_fused_one(encoder):
+    grids, mask = torch.randn(3, 10, 4, 4), torch.rand(3, 4, 4) < 0.6
+    fused = encoder(grids), encoder(grids, mask)
+    unfuse_attention(encoder)
+    assert not any(getattr(module, "fused_attn", False) for module in encoder.modules())
+    torch.testing.assert_close((encoder(grids), encoder(grids, mask)), fused)

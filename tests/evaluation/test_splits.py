@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigatome.core.errors import EvaluationError
-from gigatome.evaluation.splits import SplitOptions, external_split, folds_digest, make_splits, patient_folds
+from gigatome.evaluation.splits import (
+    SplitOptions,
+    external_split,
+    folds_digest,
+    make_splits,
+    patient_folds,
+    with_fewer,
+)
 from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome, Units
 
 
@@ -141,6 +148,36 @@ def test_a_share_of_the_training_part_keeps_the_classes_shares():
     for part in make_splits(units, SplitOptions(folds=5, train_fraction=0.25)).parts:
         assert np.bincount(units.outcome.y[part.train]).tolist() == [16, 4]
         assert len(part.test) == 20
+
+
+def test_hipts_draw_of_a_quarter_is_pandas_sample_of_the_tables_rows():
+    pandas = pytest.importorskip("pandas")
+    units = class_units("aab" * 14)
+    order = np.random.default_rng(0).permutation(len(units))
+    units = replace(units, order=tuple(order.tolist()))
+    table = pandas.DataFrame({"unit": np.argsort(order)})  # row by row, the unit that stands there
+    options = SplitOptions(folds=3, train_fraction=0.25, train_draw="hipt")
+    whole = make_splits(units, replace(options, train_fraction=1.0))
+    for splits in (make_splits(units, options), with_fewer(units, whole, options)):
+        for part, every in zip(splits.parts, whole.parts, strict=True):
+            rows = table[table.unit.isin(every.train)].reset_index(drop=True)
+            drawn = rows.sample(frac=0.25, random_state=1).unit.to_numpy()
+            np.testing.assert_array_equal(part.train, np.sort(drawn))
+            np.testing.assert_array_equal(part.test, every.test)
+
+
+def test_published_splits_may_train_on_fewer():
+    units = class_units("aab" * 12)
+    whole = replace(make_splits(units, SplitOptions(folds=3)), warnings=("a patient leaks",))
+    assert with_fewer(units, whole, SplitOptions()) is whole
+    fewer = with_fewer(units, whole, SplitOptions(train_fraction=0.25, val_fraction=0.1))
+    assert fewer.warnings == whole.warnings
+    assert fewer.name == whole.name + ", 25 % of the training part"
+    for part, every in zip(fewer.parts, whole.parts, strict=True):
+        assert len(part.train) == 6
+        assert set(part.train) <= set(every.train)
+        assert np.bincount(units.outcome.y[part.train]).tolist() == [4, 2]
+    assert len({fewer.digest, whole.digest}) == 2
 
 
 @pytest.mark.parametrize(("count", "expected"), [(50, [40, 10]), (5, [4, 1]), (2, [1, 1])])

@@ -67,6 +67,35 @@ def test_a_study_from_two_encoders(tmp_path):
     assert len(rows) == 30
 
 
+def test_heads_by_other_names_on_some_of_the_embeddings(tmp_path):
+    good, poor = make(tmp_path, patients=20), make(tmp_path, patients=20, dim=5, encoder="poor")
+    one, two = str(good.store.folder), str(poor.store.folder)
+    values = {
+        "embeddings": [one, two, f"{one} + {two}"],
+        "heads": ["narrow", "wide", "near"],
+        "options": {
+            "narrow": {"model": "abmil", "options": {"hidden": 4}, "fit": {"epochs": 1}},
+            "wide": {"model": "abmil", "options": {"hidden": 8}},
+            "near": {"model": "knn", "k": 3},
+        },
+        "only": {"narrow": [1], "wide": [0], "near": [0, 2]},
+        "fit": {"epochs": 2},
+        "reproduces": [
+            {"head": "narrow", "value": 0.7},
+            {"head": "near", "value": 0.8, "embeddings": f"{one} + {two}"},
+        ],
+        "few_shot": [10], "repeats": 1,
+    }  # fmt: skip
+    study = run_study(options(good, **values), tmp_path / "study")
+    labels = ["wide on enc", "near on enc", "narrow on poor", "near on enc+poor", "narrow, shuffled outcomes"]
+    assert [arm.label for arm in study.arms] == labels
+    assert [arm.reported for arm in study.arms] == [None, None, 0.7, 0.8, None]
+    assert [arm.result.encoder for arm in study.arms] == ["enc", "enc", "poor", "enc+poor", "poor"]
+    assert [arm.result.options.get("fit", {}).get("epochs") for arm in study.arms] == [2, None, 1, None, 1]
+    assert study.arms[1].result.options["k"] == 3
+    assert {point.label for point in study.few_shot} == {"wide", "near"}
+
+
 def test_stores_with_different_slides_are_compared_on_those_of_both(tmp_path):
     good, poor = make(tmp_path, patients=20), make(tmp_path, patients=20, encoder="poor")
     poor.store.path("s003_0").unlink()
@@ -177,6 +206,10 @@ def synthetic_cohort_with_embeddings(tmp_path):
         ({"survival": {"time": "t", "event": "e"}}, "either target"),
         ({"heads": []}, "at least one"),
         ({"options": {"abmil": {}}}, "options of abmil, which is none of the heads"),
+        ({"only": {"abmil": [0]}}, "embeddings for abmil, which is none of the heads"),
+        ({"only": {"linear": [1]}}, r"only.linear must be numbers of embeddings, 0 to 0"),
+        ({"only": {"linear": []}}, r"only.linear must be numbers of embeddings"),
+        ({"reproduces": [{"head": "linear", "value": 1, "embeddings": "x"}]}, "names x, which is none of embeddings"),
         ({"omics": "o.csv"}, "omics and signatures"),
         ({"few_shot": [0]}, "at least 1"),
         ({"external": {"embeddings": [], "labels": "x.csv"}}, "one folder for each"),

@@ -127,7 +127,7 @@ def test_attention_is_of_every_tile_of_every_slide(tmp_path):
         ({"head": "nothing"}, EvaluationError, "there is no head nothing; there are linear, .*cox, .*abmil"),
         ({"head": "cox"}, EvaluationError, "cox predicts survival"),
         ({"head": "linear", "target": SURVIVAL}, EvaluationError, "predicts classes"),
-        ({"head": "linear", "options": {"fit": {}}}, EvaluationError, "takes no options"),
+        ({"head": "linear", "options": {"fit": {}}}, ConfigError, "linear: unknown key fit"),
         ({"head": "abmil", "options": {"epochs": 3}}, ConfigError, "unknown key epochs"),
         ({"head": "abmil", "options": {"options": {"width": 3}}}, ConfigError, "unknown key width"),
         ({"head": "abmil", "level": "tile"}, EvaluationError, "level tile is for probes"),

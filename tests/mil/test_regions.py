@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -5,7 +7,8 @@ from torch import nn
 
 from gigatome.core.errors import ConfigError
 from gigatome.encoders.hipt import VIT4096
-from gigatome.encoders.region_vit import RegionVit
+from gigatome.encoders.region_vit import RegionVit, RegionVitConfig
+from gigatome.encoders.region_zoo import RegionCard, save_region_encoder
 from gigatome.mil import regions
 from gigatome.mil.model import BagBatch
 from gigatome.mil.regions import (
@@ -177,11 +180,11 @@ def test_frozen_region_encoder_starts_from_weights_and_stays(tmp_path):
 @pytest.mark.parametrize(
     "model",
     [
-        lambda: HiptLgpFc(HiptOptions(rows=2, skip_empty=True), DIM, OUTPUTS),
-        lambda: HiptNoneFc(HiptNoneOptions(hidden=8, skip_empty=True), DIM, OUTPUTS),
+        lambda: HiptLgpFc(HiptOptions(rows=2), DIM, OUTPUTS),
+        lambda: HiptNoneFc(HiptNoneOptions(hidden=8), DIM, OUTPUTS),
     ],
 )
-def test_empty_tiles_are_skipped_if_asked_for(model):
+def test_empty_tiles_are_skipped_unless_as_the_authors_have_it(model):
     torch.manual_seed(0)
     model = model().eval()
     bags = make_bags([3], tiles=True)
@@ -196,7 +199,7 @@ def test_empty_tiles_are_skipped_if_asked_for(model):
         model.global_phi.register_forward_hook(lambda _module, inputs, _output: pooled.append(inputs[0]))
         model(BagBatch(x, bags.bounds))
         torch.testing.assert_close(pooled[0][:1], shorter)
-    model.options = type(model.options)(**{**vars(model.options), "skip_empty": False})
+    model.options = replace(model.options, skip_empty=type(model.options).hipt().skip_empty)
     assert not torch.allclose(model(BagBatch(x, bags.bounds)).logits, logits, atol=1e-4)
 
 
@@ -213,6 +216,25 @@ def test_batches_of_regions_change_nothing(monkeypatch):
 def test_embeddings_of_tiles_without_regions_are_refused(name):
     with pytest.raises(ConfigError, match=r"regions \[T, tiles, D\]"):
         MODELS[name]()(make_bags([4], tiles=False))
+
+
+def test_grids_are_square_unless_their_rows_are_given(tmp_path):
+    config = RegionVitConfig(input_dim=DIM, dim=12, depth=1, heads=3, grid=2)
+    model = HiptLgpFc(HiptOptions(encoder=config), DIM, OUTPUTS).eval()
+    x = torch.randn(2, 4, DIM)
+    bags = BagBatch(x, torch.tensor([0, 2]))
+    expected = model(bags).logits
+    model.options = HiptOptions(rows=2)
+    torch.testing.assert_close(model(bags).logits, expected)
+    model.options = HiptOptions()
+    with pytest.raises(ConfigError, match=r"as many rows of tiles as columns, not \[2, 6, 12\]"):
+        model(BagBatch(torch.randn(2, 6, DIM), bags.bounds))
+    save_region_encoder(model.local_vit, tmp_path / "encoder", RegionCard("made", config))
+    started = HiptLgpFc(HiptOptions(weights=str(tmp_path / "encoder")), DIM, OUTPUTS)
+    torch.testing.assert_close(started.local_vit.state_dict(), model.local_vit.state_dict())
+    assert started.local_vit.training
+    with pytest.raises(ConfigError, match=r"input_dim=12.* and .*input_dim=7.* is wanted"):
+        HiptLgpFc(HiptOptions(weights=str(tmp_path / "encoder")), 7, OUTPUTS)
 
 
 def test_what_is_missing_is_named():

@@ -51,8 +51,8 @@ def test_encoders_chained_over_a_region(region_encoder, weights, reference, seed
 @pytest.mark.parametrize(
     ("name", "model"),
     [
-        ("hipt_lgp_fc", lambda: HiptLgpFc(HiptOptions(), 384, 2)),
-        ("hipt_none_fc", lambda: HiptNoneFc(HiptNoneOptions(), 384, 2)),
+        ("hipt_lgp_fc", lambda: HiptLgpFc(HiptOptions.hipt(), 384, 2)),
+        ("hipt_none_fc", lambda: HiptNoneFc(HiptNoneOptions.hipt(), 384, 2)),
     ],
 )
 def test_logits_of_slides(weights, reference, seeded, name, model):

@@ -63,16 +63,29 @@ def test_kaikos_table_4(lines, power):
     assert reported(f"kaiko/table4_1e{power}") == row(lines["003"], f"10{power}superscript")
 
 
-def test_hipts_table_1(lines):
-    start = lines["000"].index("ViT256-16 (Mean)")
+@pytest.mark.parametrize(("name", "row"), [("stage1_vit256", "ViT256-16"), ("stage2_vit4096", "ViT4096-256")])
+def test_hipts_table_1(lines, name, row):
+    start = lines["000"].index(f"{row} (Mean)")
     quarter_then_all = [value for line in lines["000"][start + 1 : start + 7] for value in numbers(line)[:1]]
-    assert reported("hipt/stage1_vits16") == quarter_then_all[1::2]
+    assert reported(f"hipt/{name}") == quarter_then_all[1::2]
 
 
 def test_giga_ssls_table_2(lines):
-    values = [numbers(line) for line in lines["002"] if re.match(r"100 0\.\d{3} ± ", line)]
-    assert len(values) == 6
-    assert reported("gigassl/moco_resnet18") == [found[2] for found in values]  # each value has its deviation beside it
+    parts = [[numbers(line) for line in lines["002"] if re.match(rf"{part} 0\.\d{{3}} ± ", line)] for part in (100, 25)]
+    assert [len(values) for values in parts] == [6, 6]
+    # each value has its deviation beside it
+    assert reported("gigassl/pretrain_resnet18") == [found[0] for values in parts for found in values]
+    assert reported("gigassl/moco_resnet18") == [found[2] for found in parts[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("no_slide_augmentation", "w/o slide-aug "), ("not_shared", "NS "), ("imagenet_tiles", "Giga-SSLim 0")],
+)
+def test_giga_ssls_table_3(lines, name, start):
+    rows = [re.findall(r" (0\.\d+)", line) for line in lines["002"] if line.startswith(start)]
+    (found,) = [row for row in rows if len(row) == 6]
+    assert reported(f"gigassl/table3_{name}") == [float(value) for value in found]
 
 
 def test_those_of_the_papers_that_report_nothing_say_so():

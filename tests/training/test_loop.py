@@ -327,7 +327,7 @@ def test_a_stream_that_ends_is_refused(tmp_path):
 
 
 def test_batches_of_another_size_are_refused(tmp_path):
-    with pytest.raises(RunError, match=r"uint8 \[3, 40, 40, 3\], the run needs uint8 \[4,"):
+    with pytest.raises(RunError, match=r"uint8 \[3, 40, 40, 3\], the run needs \[4,"):
         fit(make_dino(), TinyStream(batch_size=3), FIT, tmp_path)
 
 

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     stores: list[Path] = typer.Argument(
-        help="Embeddings: job directories, folders features_<encoder>; or a study.yaml."
+        help="Embeddings: job directories, folders, tables (.parquet); or a study.yaml, or a recipe of a study."
     ),
+    embeddings: list[Path] = typer.Option([], help="For a recipe: job directories or folders; several times."),
     labels: str | None = typer.Option(None, help="Table of slides, patients and outcomes."),
     target: str | None = typer.Option(None, help="Column of classes to predict."),
     time: str | None = typer.Option(None, help="For survival: column of times."),
@@ -55,13 +56,16 @@ def evaluate(
     console = Console(highlight=False)
     alone = len(stores) == 1 and len(heads) == 1 and not (compare or shuffled or few_shot or assignments)
     whole = out is not None and out.suffix != ".json"
-    if stores[0].suffix in (".yaml", ".yml"):
-        own = ("stores", "assignments", "out", "as_json")
-        given = [name for name in context.params if name not in own and _stated(context, name)]
-        if given:
-            raise typer.BadParameter(
-                f"a study's file states {given[0]} itself; change it with --set", param_hint="STORES"
-            )
+    if _is_recipe(stores[0]):
+        _only(context, "a recipe", "stores", "embeddings", "labels", "folds", "leaks", "seed", "assignments", "out")
+        changes = [f"{name}={context.params[name]}" for name in ("leaks", "seed") if _stated(context, name)]
+        if _stated(context, "folds"):
+            changes.append(f"splits.folds={folds}" if folds.isdecimal() else f"split_file={folds}")
+        _run(_from_recipe(stores, embeddings, labels, changes + assignments), out, console, as_json)
+    elif embeddings:
+        raise typer.BadParameter("it is for recipes; name folders as arguments", param_hint="--embeddings")
+    elif stores[0].suffix in (".yaml", ".yml"):
+        _only(context, "a study's file", "stores", "assignments", "out")
         _run(_from_file(stores, assignments), out, console, as_json)
     elif alone and not whole and not sites:
         _one(
@@ -93,6 +97,13 @@ def evaluate(
         _run(_parsed(values, assignments), out, console, as_json)
 
 
+def _only(context: typer.Context, what: str, *own: str) -> None:
+    """Refuses options that would not be read."""
+    given = [name for name in context.params if name not in (*own, "as_json") and _stated(context, name)]
+    if given:
+        raise typer.BadParameter(f"{what} states {given[0]} itself; change it with --set", param_hint="STORES")
+
+
 def _stated(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
@@ -102,12 +113,12 @@ def _one(
     store: Path, labels: str | None, target: Any, head: str, folds: str, out: Path | None, console: Console, *,
     as_json: bool, encoder: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    from gigatome.embeddings.store import EmbeddingStore
+    from gigatome.embeddings.slide_store import open_store
     from gigatome.evaluation.protocol import evaluate as run_evaluate
 
     with progress_bar() as progress:
         result = run_evaluate(
-            EmbeddingStore.open(store, encoder=encoder),
+            open_store(store, encoder=encoder),
             _needed(labels),
             target=target,
             head=head,
@@ -147,6 +158,25 @@ def _from_file(stores: Sequence[Path], assignments: list[str]) -> "StudyOptions"
     return config.load(StudyOptions, stores[0], assignments)
 
 
+def _is_recipe(source: Path) -> bool:
+    """Whether this is a recipe, and not a study's file or embeddings."""
+    if source.is_dir() or (source.suffix not in ("", ".yaml", ".yml")):
+        return False
+    from gigatome.recipes.schema import is_study, recipe_names, study_names
+
+    return is_study(source) if source.is_file() else str(source) in (*recipe_names(), *study_names())
+
+
+def _from_recipe(
+    stores: Sequence[Path], embeddings: Sequence[Path], labels: str | None, changes: list[str]
+) -> "StudyOptions":
+    from gigatome.recipes.studies import load_study
+
+    if len(stores) > 1 or not embeddings:
+        raise typer.BadParameter("give a recipe alone, and its embeddings with --embeddings", param_hint="STORES")
+    return load_study(stores[0], embeddings=embeddings, labels=_needed(labels), assignments=changes)
+
+
 def _parsed(values: dict[str, Any], assignments: list[str]) -> "StudyOptions":
     from gigatome import config
     from gigatome.evaluation.study_options import StudyOptions
@@ -171,9 +201,9 @@ def _needed(labels: str | None) -> str:
 
 
 def _folder(store: Path, encoder: str | None) -> Path:
-    from gigatome.embeddings.store import EmbeddingStore
+    from gigatome.embeddings.slide_store import open_store
 
-    return EmbeddingStore.open(store, encoder=encoder).folder
+    return open_store(store, encoder=encoder).folder
 
 
 def _show(result: "EvaluationResult | SurvivalResult", console: Console) -> None:

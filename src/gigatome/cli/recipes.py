@@ -11,20 +11,21 @@ app = typer.Typer(help="List and show the built-in recipes.", no_args_is_help=Tr
 @app.command("list")
 def list_recipes() -> None:
     """List the built-in recipes: what each reproduces and whether we have measured it."""
-    from gigatome.recipes.schema import recipe_header, recipe_names
+    from gigatome.recipes.schema import recipe_header, recipe_names, study_names
 
     table = Table("recipe", "method", "paper", "reproduces", "status", box=None, pad_edge=False)
-    for name in recipe_names():
-        header = recipe_header(name)
+    for name in sorted([*recipe_names(), *study_names()]):
+        header = {"method": "study", **recipe_header(name)}
         table.add_row(name, *(header[key] for key in ("method", "paper", "table", "status")))
     Console().print(table)
 
 
 @app.command("show")
 def show_recipe(recipe: str = typer.Argument(help="Name of a recipe, or path of a YAML file.")) -> None:
-    """Print a recipe's YAML, ready to be saved, changed and trained."""
+    """Print a recipe's YAML, ready to be saved, changed and run."""
     from gigatome.recipes.schema import recipe_text
 
     text = recipe_text(recipe).rstrip("\n")
     console = Console()
-    console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text, soft_wrap=True)
+    shown = Syntax(text, "yaml", background_color="default") if console.is_terminal else text
+    console.print(shown, soft_wrap=True, markup=False)

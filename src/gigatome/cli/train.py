@@ -11,7 +11,9 @@ from gigatome.cli.progress import progress_bar
 
 def train(
     recipe: str = typer.Argument(help="Name of a built-in recipe (gigatome recipes list), or path of a YAML file."),
-    data: str = typer.Option(..., "--data", help="Cohort: CSV, folder, glob, or bucket prefix."),
+    data: str = typer.Option(
+        ..., "--data", help="Cohort: CSV, folder, glob, or bucket prefix; for level region the folder of grids."
+    ),
     out: Path | None = typer.Option(None, "--out", "-o", help="Run folder; needed unless --dry-run."),
     assignments: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Change a value of the recipe."),
     steps: int | None = typer.Option(None, help="Length of the run in steps, in place of the recipe's."),
@@ -33,7 +35,7 @@ def train(
         False, "--dry-run", help="Check recipe, table and network; print what would be done. Opens no slide."
     ),
 ) -> None:
-    """Train an encoder on tiles read from the slides as they are needed.
+    """Train an encoder on tiles read from the slides as they are needed, or on regions of embedded tiles.
 
     On several GPUs: torchrun --nproc-per-node 8 -m gigatome train … --device cuda. Exit code 75: a signal has stopped
     the run after saving; queue it again with --resume.
@@ -54,17 +56,19 @@ def train(
     watching = WatchOptions(labelled=labelled, tensorboard=tensorboard, wandb=wandb) if watch is not None else None
     loaded = load_recipe(recipe, changes)
     console = Console(highlight=False, quiet=launch_rank() > 0)
-    cohort = cohort_of(data, slide_mpp)
+    if loaded.level != "tile" and slide_mpp is not None:
+        raise typer.BadParameter(f"a recipe of level {loaded.level} reads no slides", param_hint="--slide-mpp")
+    source = cohort_of(data, slide_mpp) if loaded.level == "tile" else data
     if dry_run:
         console.print(config.to_yaml(loaded), soft_wrap=True, markup=False)
-        for key, value in plan(loaded, cohort).items():
+        for key, value in plan(loaded, source).items():
             console.print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
         return
     if out is None:
         raise typer.BadParameter("give a run folder with -o, or pass --dry-run", param_hint="--out")
     with progress_bar() as progress:
-        run = run_training(loaded, cohort, out, resume=resume, job=job, watch=watching, progress=progress)
-    console.print(f"{run.folder}: step {run.step} of {loaded.fit.total_steps}", soft_wrap=True)
+        run = run_training(loaded, source, out, resume=resume, job=job, watch=watching, progress=progress)
+    console.print(f"{run.folder}: step {run.step} of {run.recipe.fit.total_steps}", soft_wrap=True)
     if not run.finished:
         console.print("Stopped by a signal after saving; go on with --resume.")
         raise typer.Exit(PREEMPTED)

@@ -37,6 +37,10 @@ class TilesDir:
         """Folder of the tile embeddings of one encoder, one ``.h5`` a slide."""
         return self.path / f"features_{encoder}"
 
+    def augmented(self, encoder: str) -> Path:
+        """Folder of the embeddings of augmented tiles by one encoder, one ``.h5`` a slide."""
+        return self.path / f"augmented_{encoder}"
+
     def slide_features(self, encoder: str) -> Path:
         """Folder of the slide embeddings of one encoder, one ``.h5`` a slide."""
         return self.path / f"slide_features_{encoder}"

@@ -5,6 +5,7 @@ embeddings lie in the file as they are. Where they lie is asked of HDF5 once; af
 operating system keeps in memory what there is room for. Compressed files and the like are read through HDF5.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from gigatome.core.errors import StoreError
 from gigatome.embeddings.packed import PackedBags
+from gigatome.embeddings.regions import read_mask
+from gigatome.embeddings.slide_store import Embeddings, SlideStore
 from gigatome.embeddings.store import WEIGHTS, EmbeddingStore
 
 Reason: TypeAlias = Literal["no embeddings", "no tiles", "embeddings that are not finite"]
@@ -30,7 +33,7 @@ class _Layout:
 
     Attributes:
         path: the file.
-        shape: (N, D).
+        shape: (N, D), or (N, T, D) of regions.
         dtype: of the values, as stored.
         starts: int64 [R], first row of each run of rows that lie one after another.
         offsets: int64 [R], byte at which each run begins; empty if the file must be read through HDF5.
@@ -40,7 +43,7 @@ class _Layout:
     """
 
     path: Path
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype[Any]
     starts: NDArray[np.int64]
     offsets: NDArray[np.int64]
@@ -54,13 +57,15 @@ class BagReader:
     """The embeddings of some slides, each read when it is asked for.
 
     Args:
-        source: a folder of embeddings, or a packed file (:func:`~gigatome.embeddings.packed.pack`).
+        source: a folder of embeddings, or a packed file (:func:`~gigatome.embeddings.packed.pack`); slide embeddings
+            are bags of one.
         names: the slides.
 
     Attributes:
         names: of the slides.
-        sizes: int64 [N], tiles of each, at least 1.
-        dim: size of an embedding.
+        sizes: int64 [N], tiles of each, or regions, at least 1.
+        shape: of an instance: (D,) of a tile, (T, D) of a region.
+        dim: size D of an embedding.
         encoder: name of the encoder.
         weights: hash of its weights; "" if no file says.
 
@@ -68,19 +73,21 @@ class BagReader:
         StoreError: a slide has no embeddings or no tile, a file is damaged, or embeddings differ in size or encoder.
     """
 
-    def __init__(self, source: EmbeddingStore | PackedBags, names: Sequence[str]):
+    def __init__(self, source: Embeddings | PackedBags, names: Sequence[str]):
+        source = source.packed() if isinstance(source, SlideStore) else source
         self.names, self._source = tuple(names), source
         self._sound: set[int] = set()  # bags without NaN
         if isinstance(source, PackedBags):
             self._layouts, self._rows = [], source.rows(self.names)
-            self.sizes, self.dim = np.diff(self._rows, axis=1)[:, 0], source.dim
+            self.sizes, self.shape = np.diff(self._rows, axis=1)[:, 0], (source.dim,)
             self.encoder, self.weights = source.encoder, source.weights
         else:
             self._layouts = [_layout(source, name) for name in self.names]
             self.sizes = np.array([layout.shape[0] for layout in self._layouts], np.int64)
-            self.dim = self._layouts[0].shape[1] if self._layouts else 0
+            self.shape = self._layouts[0].shape[1:] if self._layouts else (0,)
             self.encoder, self.weights = _encoder_of(self._layouts) or source.encoder, _weights_of(self._layouts)
-            _check_dims(self._layouts)
+            _check_shapes(self._layouts)
+        self.dim = self.shape[-1]
         for name in (name for name, size in zip(self.names, self.sizes, strict=True) if not size):
             raise StoreError(f"{name}: has no tiles, and an empty bag cannot be used; leave the slide out")
 
@@ -88,7 +95,7 @@ class BagReader:
         return len(self.names)
 
     def read(self, index: int, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32] | NDArray[np.float16]:
-        """Embeddings of one slide, float32 or float16 [n, D]; they may be a view of the file and stay unwritten.
+        """Embeddings of one slide, float32 or float16 [n, …]; they may be a view of the file and stay unwritten.
 
         Args:
             index: of the slide in ``names``.
@@ -108,6 +115,10 @@ class BagReader:
                 self._sound.add(index)
         return values
 
+    def path(self, index: int) -> Path:
+        """File of one slide; the packed file, where there is one."""
+        return self._source.path if isinstance(self._source, PackedBags) else self._layouts[index].path
+
     def coords(self, index: int) -> NDArray[np.int64]:
         """Corners of the tiles of one slide, (x, y) in level-0 pixels, int64 [n, 2]."""
         if isinstance(self._source, PackedBags):
@@ -121,7 +132,7 @@ class BagReader:
 
 
 def check_bags(
-    store: EmbeddingStore, names: Sequence[str] | None = None, *, values: bool = True
+    store: Embeddings, names: Sequence[str] | None = None, *, values: bool = True
 ) -> Mapping[Reason, tuple[str, ...]]:
     """Which slides cannot be used as bags, by reason; empty if all can.
 
@@ -133,17 +144,30 @@ def check_bags(
     Raises:
         StoreError: a file is damaged.
     """
+    if isinstance(store, SlideStore):
+        return _check_slides(store, store.names() if names is None else names)
     found: dict[Reason, list[str]] = {}
     for name in store.names() if names is None else names:
         if not store.path(name).is_file():
             found.setdefault("no embeddings", []).append(name)
             continue
         layout = _layout(store, name)
-        if not layout.shape[0]:
+        if not layout.shape[0] or (len(layout.shape) == 3 and not read_mask(layout.path).any()):
             found.setdefault("no tiles", []).append(name)
         elif values and not _finite(_read(layout, None)).all():
             found.setdefault("embeddings that are not finite", []).append(name)
     return {reason: tuple(listed) for reason, listed in found.items()}
+
+
+def _check_slides(store: SlideStore, names: Sequence[str]) -> Mapping[Reason, tuple[str, ...]]:
+    rows = {name: row for row, name in enumerate(store.slides)}
+    finite = np.all(np.isfinite(store.embeddings), axis=1)
+    sound = {name for name, row in rows.items() if finite[row]}
+    found: dict[Reason, tuple[str, ...]] = {
+        "no embeddings": tuple(name for name in names if name not in rows),
+        "embeddings that are not finite": tuple(name for name in names if name in rows and name not in sound),
+    }
+    return {reason: listed for reason, listed in found.items() if listed}
 
 
 def _layout(store: EmbeddingStore, name: str) -> _Layout:
@@ -154,8 +178,8 @@ def _layout(store: EmbeddingStore, name: str) -> _Layout:
     try:
         with h5py.File(path, "r") as file:
             features, coords = file.get("features"), file.get("coords")
-            if not isinstance(features, h5py.Dataset) or features.ndim != 2:
-                raise StoreError(f"{path}: holds no tile embeddings [N, D] under features")
+            if not isinstance(features, h5py.Dataset) or features.ndim not in (2, 3):
+                raise StoreError(f"{path}: holds no tile embeddings [N, D], nor regions [N, T, D], under features")
             if not isinstance(coords, h5py.Dataset) or coords.shape != (len(features), 2):
                 raise StoreError(f"{path}: its coords do not fit its features {features.shape}")
             starts, offsets = _runs(file, features)
@@ -171,23 +195,23 @@ def _layout(store: EmbeddingStore, name: str) -> _Layout:
 def _runs(file: h5py.File, features: h5py.Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First row and byte of each run of rows; empty if they cannot be mapped."""
     nothing = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    rows, dim = features.shape
-    plain = features.dtype in _MAPPED and not file.userblock_size and rows and dim
+    rows, *item = features.shape
+    plain = features.dtype in _MAPPED and not file.userblock_size and features.size
     if not plain or features.id.get_create_plist().get_nfilters():
         return nothing
     if features.chunks is None:
         offset = features.id.get_offset()
         starts, offsets = ([], []) if offset is None else ([0], [offset])
     else:
-        step, width = features.chunks
+        step, *width = features.chunks
         chunks: list[tuple[int, int]] = []
         features.id.chunk_iter(lambda chunk: chunks.append((chunk.chunk_offset[0], chunk.byte_offset)))
         chunks.sort()
-        if width != dim or len(chunks) != -(-rows // step):  # some were never written
+        if width != item or len(chunks) != -(-rows // step):  # some were never written
             return nothing
         starts, offsets = (list(part) for part in zip(*chunks, strict=True))
     first, byte = np.array(starts, np.int64), np.array(offsets, np.int64)
-    begins = np.append(True, np.diff(byte) != np.diff(first) * dim * features.dtype.itemsize)[: len(byte)]
+    begins = np.append(True, np.diff(byte) != np.diff(first) * math.prod(item) * features.dtype.itemsize)[: len(byte)]
     return first[begins], byte[begins]
 
 
@@ -208,15 +232,15 @@ def _read(layout: _Layout, rows: NDArray[np.int64] | None) -> NDArray[Any]:
 
 
 def _map(handle: Any, layout: _Layout, rows: NDArray[np.int64] | None) -> NDArray[Any]:
-    count, dim = layout.shape
+    count, *item = layout.shape
     mapped = np.memmap(handle, np.uint8, "c")
     stops = np.append(layout.starts[1:], count)
-    size = dim * layout.dtype.itemsize
+    size = math.prod(item) * layout.dtype.itemsize
     parts = []
     for start, stop, offset in zip(layout.starts, stops, layout.offsets, strict=True):
         run = np.asarray(mapped[offset : offset + (stop - start) * size])
         run = run.copy() if offset % layout.dtype.itemsize else run  # HDF5 aligns nothing
-        run = run.view(layout.dtype).reshape(-1, dim)
+        run = run.view(layout.dtype).reshape(-1, *item)
         if rows is not None:
             run = run[rows[slice(*np.searchsorted(rows, (start, stop)))] - start]
         parts.append(run)
@@ -225,12 +249,14 @@ def _map(handle: Any, layout: _Layout, rows: NDArray[np.int64] | None) -> NDArra
 
 def _finite(values: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether each row is finite, bool [N]; or one True, where a sum says that all are."""
+    values = values.reshape(len(values), -1)
+    items = tuple(range(1, values.ndim))
     if values.dtype == np.float16:  # whose sums overflow, and whose arithmetic is slow: look at the bits
-        return np.all((np.ascontiguousarray(values).view(np.uint16) & 0x7C00) != 0x7C00, axis=1)
+        return np.all((np.ascontiguousarray(values).view(np.uint16) & 0x7C00) != 0x7C00, axis=items)
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(values.sum()):
             return np.ones(1, bool)
-    return np.all(np.isfinite(values), axis=1)
+    return np.all(np.isfinite(values), axis=items)
 
 
 def _check_finite(values: NDArray[Any], name: str) -> None:
@@ -242,11 +268,11 @@ def _check_finite(values: NDArray[Any], name: str) -> None:
         )
 
 
-def _check_dims(layouts: Sequence[_Layout]) -> None:
-    sizes = {layout.shape[1]: layout.path.stem for layout in reversed(layouts)}
-    if len(sizes) > 1:
-        both = ", ".join(f"{name} has {size}" for size, name in sizes.items())
-        raise StoreError(f"embeddings differ in size ({both}); they are of different encoders")
+def _check_shapes(layouts: Sequence[_Layout]) -> None:
+    shapes = {layout.shape[1:]: layout.path.stem for layout in reversed(layouts)}
+    if len(shapes) > 1:
+        both = ", ".join(f"{name} has {' × '.join(map(str, shape))}" for shape, name in shapes.items())
+        raise StoreError(f"embeddings differ in size ({both}); they are of different encoders, or of tiles and regions")
 
 
 def _encoder_of(layouts: Sequence[_Layout]) -> str:

@@ -1,8 +1,9 @@
 """An encoder as the extraction uses it: its name and hash in files, and tiles through it on a device."""
 
 import hashlib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from gigatome.core.errors import ConfigError
 from gigatome.encoders.device import usable_device
+from gigatome.encoders.region_vit import RegionVit
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import encoder_digest, encoder_name
 
@@ -24,6 +26,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 """What the encoder can compute in: plain float32, or PyTorch's autocast to the others."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_REGIONS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Maker:
     weights: str
     dim: int
 
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
+            raise ConfigError(f"an encoder's name holds letters, digits and . _ - alone, unlike {self.name!r}")
+
     @classmethod
     def of(cls, model: nn.Module, name: str | None) -> "Maker":
         """Names ``model``; the default name is its own with a hash, so that no encoder with other weights has it.
@@ -53,13 +60,25 @@ class Maker:
         known = isinstance(model, TileEncoder)
         weights = encoder_digest(model) if known else _digest(model)
         name = name or (encoder_name(model) if known else f"{type(model).__name__.lower()}-{weights[:8]}")
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise ConfigError(f"an encoder's name holds letters, digits and . _ - alone, unlike {name!r}")
         return cls(name, weights, int(getattr(model, "dim")))  # noqa: B009 - nn.Module does not declare it
 
 
-def encode(model: nn.Module, images: NDArray[np.uint8], *, device: str, precision: Precision) -> Tensor:
+def encode(
+    model: nn.Module,
+    images: NDArray[np.uint8],
+    *,
+    device: str,
+    precision: Precision,
+    view: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Embeddings float32 [B, dim], on the device, of tiles uint8 [B, H, W, 3].
+
+    Args:
+        model: the encoder, on the device.
+        images: the tiles.
+        device: where the encoder is.
+        precision: what it computes in.
+        view: makes what the encoder takes of the tiles; its own ``normalise`` by default.
 
     Raises:
         ConfigError: the device's memory does not hold the batch.
@@ -70,10 +89,35 @@ def encode(model: nn.Module, images: NDArray[np.uint8], *, device: str, precisio
     tensor = tensor.to(device, non_blocking=True)
     autocast = torch.autocast(torch.device(device).type, _AUTOCAST.get(precision), enabled=precision != "fp32")
     try:
-        with torch.inference_mode(), autocast:
-            return model(model.normalise(tensor)).float()  # pyright: ignore[reportCallIssue]
+        with torch.inference_mode():
+            seen = view(tensor) if view else model.normalise(tensor)  # pyright: ignore[reportCallIssue]
+            with autocast:
+                return model(seen).float()
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"{device} lacks the memory for {len(images)} tiles at once; use a smaller batch") from error
+
+
+def encode_grids(
+    model: RegionVit, grids: NDArray[np.floating], mask: NDArray[np.bool_], *, device: str
+) -> NDArray[np.float32]:
+    """Embeddings [R, dim] of regions, in float32 whatever the grids were computed in: it takes next to no time.
+
+    Args:
+        model: the region encoder, on the device.
+        grids: [R, T, D] of tile embeddings, row by row; T is a square.
+        mask: bool [R, T], the tiles that are there; no token attends to the others.
+        device: where the region encoder is.
+    """
+    side = math.isqrt(grids.shape[1])
+    found = [np.zeros((0, model.dim), np.float32)]
+    with torch.inference_mode():
+        for start in range(0, len(grids), _REGIONS_AT_ONCE):
+            part = slice(start, start + _REGIONS_AT_ONCE)
+            x = torch.from_numpy(grids[part]).to(device).float()
+            there = torch.from_numpy(mask[part]).to(device)
+            vectors = model(x.mT.unflatten(2, (side, side)), there.unflatten(1, (side, side)))
+            found.append(vectors.cpu().numpy())
+    return np.concatenate(found)
 
 
 @contextmanager

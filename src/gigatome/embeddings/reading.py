@@ -67,6 +67,8 @@ def read_ahead(
 ) -> Generator[tuple[Key, int, NDArray[np.uint8] | None]]:
     """Reads tiles in the order of ``requests``, up to ``ahead`` of them before they are asked for.
 
+    A tile that is requested several times in a row is read once.
+
     Args:
         requests: key of the caller, slide, and index of the tile; drawn from as tiles are handed out.
         threads: how many read at a time.
@@ -77,9 +79,12 @@ def read_ahead(
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="tiles")
     queue: deque[tuple[Key, int, Future[NDArray[np.uint8] | None]]] = deque()
+    last: tuple[SlideTiles, int, Future[NDArray[np.uint8] | None]] | None = None
     try:
         for key, tiles, index in requests:
-            queue.append((key, index, pool.submit(tiles.read, index)))
+            if last is None or last[:2] != (tiles, index):
+                last = (tiles, index, pool.submit(tiles.read, index))
+            queue.append((key, index, last[2]))
             if len(queue) >= ahead:
                 key, index, future = queue.popleft()
                 yield key, index, future.result()

@@ -6,6 +6,7 @@ key. Source: TRIDENT, ``WSI.py`` and ``IO.py``; ours differs in the chunks, 512 
 notices and which read four times as fast.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ def read_bag(path: str | Path) -> Bag:
     """
     path = Path(path)
     with _features(path) as (features, coords):
+        if features.ndim == 3:
+            raise StoreError(f"{path}: holds regions {features.shape}, not tiles; read it with read_regions")
         attrs, encoding = dict(coords.attrs), dict(features.attrs)
         name = str(encoding.pop("name", path.stem))
         encoder = str(encoding.pop("encoder", path.parent.name.removeprefix("features_")))
@@ -122,7 +125,7 @@ def read_header(path: str | Path) -> BagHeader:
     with _features(path) as (features, coords):
         attrs = features.attrs
         encoder = str(attrs.get("encoder", path.parent.name.removeprefix("features_")))
-        return BagHeader(encoder, str(attrs.get(WEIGHTS, "")), features.shape[1], coords[:].astype(np.int64))
+        return BagHeader(encoder, str(attrs.get(WEIGHTS, "")), features.shape[-1], coords[:].astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,21 @@ class EmbeddingStore:
         folder = named[0]
         return cls(folder.parent.parent, TilesDir(folder.parent), folder.name.removeprefix("features_"))
 
+    @classmethod
+    def find(cls, path: str | Path) -> "list[EmbeddingStore]":
+        """All embeddings below ``path``, which is what :meth:`open` takes; none if there are none."""
+        folders = _feature_folders(Path(path).absolute())
+        return [cls(f.parent.parent, TilesDir(f.parent), f.name.removeprefix("features_")) for f in folders]
+
     @property
     def folder(self) -> Path:
         """Where the files lie."""
         return self.tiles.features(self.encoder)
+
+    @property
+    def encoder_folder(self) -> Path:
+        """Where a copy of the encoder lies, so that regions can be embedded without looking for it; if there is one."""
+        return self.folder / "encoder"
 
     def path(self, name: str) -> Path:
         """File of the slide ``name``, whether or not it exists."""
@@ -194,7 +208,7 @@ class EmbeddingStore:
             return dict(coords.attrs)
 
     def slide_vectors(self, names: Sequence[str] | None = None) -> tuple[list[str], NDArray[np.float32]]:
-        """The mean embedding of each slide.
+        """The mean embedding of each slide: of its tiles, or, where a file holds regions, of the tiles in them.
 
         Slides without tiles have none and are left out, as are slides with embeddings that are not finite; both are
         logged.
@@ -226,13 +240,14 @@ class EmbeddingStore:
 
 
 def _mean(features: h5py.Dataset) -> NDArray[np.float32] | None:
-    rows, dim = features.shape
-    if rows == 0:
-        return None
-    total = np.zeros(dim)
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        total += features[start : start + _ROWS_AT_ONCE].sum(0, dtype=np.float64)
-    return (total / rows).astype(np.float32)
+    """Mean over tiles, float32 [D]; places of a region without a tile hold zeros and do not count."""
+    total, count = np.zeros(features.shape[-1]), 0
+    step = max(1, _ROWS_AT_ONCE // math.prod(features.shape[1:-1]))
+    for start in range(0, len(features), step):
+        rows = features[start : start + step].reshape(-1, features.shape[-1])
+        total += rows.sum(0, dtype=np.float64)
+        count += len(rows) if features.ndim == 2 else np.count_nonzero(rows.any(1))
+    return (total / count).astype(np.float32) if count else None
 
 
 @contextmanager
@@ -243,10 +258,10 @@ def _features(path: Path) -> Iterator[tuple[h5py.Dataset, h5py.Dataset]]:
             features, coords = file.get("features"), file.get("coords")
             if not isinstance(features, h5py.Dataset) or not isinstance(coords, h5py.Dataset):
                 raise StoreError(f"{path}: holds no tile embeddings: it has {_listed(file)}, not features and coords")
-            if features.ndim != 2 or coords.shape != (len(features), 2):
+            if features.ndim not in (2, 3) or coords.shape != (len(features), 2):
                 raise StoreError(
-                    f"{path}: features {features.shape} and coords {coords.shape} are no tile embeddings [N, D] "
-                    "with [N, 2]; slide embeddings lie in slide_features_<encoder>"
+                    f"{path}: features {features.shape} and coords {coords.shape} are no tile embeddings [N, D], nor "
+                    "regions [N, T, D], with [N, 2]; slide embeddings lie in slide_features_<encoder>"
                 )
             yield features, coords
     except (OSError, KeyError, RuntimeError) as error:

@@ -10,6 +10,7 @@ processes that share a segment exchange its keys, and segments may be cut anywhe
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, final
 
 import torch
@@ -150,31 +151,129 @@ def cut_segments(options: DilatedOptions, bounds: Sequence[int], rank: int) -> l
 
 @final
 class _Branch:
-    """Keys and values of a branch's cut segments, which begin to travel when it is made, and their gradients."""
+    """Keys and values of a branch's cut segments, which begin to travel when it is made, and then their gradients.
+
+    Two processes share one segment of a branch at most. Pieces of it travel flat: keys and values of its parts in turn.
+    """
 
     def __init__(self, segments: Sequence[CutSegment], k: Tensor, v: Tensor, group: SequenceGroup):
         self._segments, self._group, self._like = segments, group, k
-        self._own = [[(part.take(k), part.take(v)) for part in segment.parts] for segment in segments]
-        packed = [_packed(own, k) for own in self._own]
-        self._coming = self._exchange(k, [packed] * group.size, mine=False)
-        self._back: list[list[list[tuple[Tensor, Tensor]]]] = [[] for _ in range(group.size)]
+        self._shared = {number: segment for segment in segments for number in segment.holders if number != group.rank}
+        self._own = [
+            _flat([x for part in segment.parts for x in (part.take(k), part.take(v))], k) for segment in segments
+        ]
+        self._back: dict[int, list[Tensor]] = {number: [] for number in range(group.size)}
+        sent = [k.new_empty(0)] * group.size
+        for segment, own in zip(segments, self._own, strict=True):
+            for number in segment.holders:
+                sent[number] = own if number != group.rank else sent[number]
+        self._travelling = Exchange(sent, [self._numbers(number, number) for number in range(group.size)], group)
 
     def fetched(self) -> Iterator[tuple[Part, Tensor, Tensor]]:
-        """Parts with all keys and values that their queries see; :meth:`give` answers each, if there is a gradient."""
-        received = self._coming.received()
+        """Parts, and all keys and values that their queries see; :meth:`give` answers each, if there is a gradient."""
+        received = self._travelling.received()
         for segment, own in zip(self._segments, self._own, strict=True):
-            pieces = [
-                own if number == self._group.rank else self._unpacked(received[number], segment, number)
-                for number in segment.holders
-            ]
-            for back in self._back:
-                back.append([])
+            flats = [own if number == self._group.rank else received[number] for number in segment.holders]
+            pieces = [self._unpacked(flat, segment, number) for flat, number in zip(flats, segment.holders, strict=True)]
             for part, *pairs in zip(segment.parts, *pieces, strict=True):
                 keys, values = (torch.cat(tensors, 2) for tensors in zip(*pairs, strict=True))
                 yield part, keys, values
 
-    def give(self, part: Part, dk: Tensor, dv: Tensor) -> None:
-        """Takes the gradients of what :meth:`fetched` gave last."""
+    def give(self, part: Part, gradient: Tensor, total: Tensor) -> None:
+        """Adds a gradient of the keys or values of a part to the ``total`` of one's own, and keeps the others'."""
         holders = next(segment.holders for segment in self._segments if part in segment.parts)
-        for number, *pair in zip(holders, dk.split(part.seen, 2), dv.split(part.seen, 2), strict=True):
-            self._back[number][-1].append((pair[0], pair[1]))
+        for number, piece in zip(holders, gradient.split(part.seen, 2), strict=True):
+            if number != self._group.rank:
+                self._back[number].append(piece.to(self._like.dtype))
+            elif part.tokens:
+                part.view(total).add_(part.shaped(piece))
+
+    def send_back(self) -> None:
+        """Sends the gradients that others are due, after the last part."""
+        sent = [_flat(pieces, self._like) for pieces in self._back.values()]
+        own = [self._numbers(number, self._group.rank) for number in range(self._group.size)]
+        self._travelling = Exchange(sent, own, self._group)
+
+    def take_back(self, dk: Tensor, dv: Tensor) -> None:
+        """Adds the gradients that others have found for this process's keys and values."""
+        received = self._travelling.received()
+        for number, segment in self._shared.items():
+            pieces = self._unpacked(received[number], segment, self._group.rank)
+            for part, pair in zip(segment.parts, pieces, strict=True):
+                for total, piece in zip((dk, dv), pair, strict=True):
+                    if part.tokens:
+                        part.view(total).add_(part.shaped(piece))
+
+    def _numbers(self, number: int, holder: int) -> int:
+        """Of a holder's piece of the segment shared with a process."""
+        if number not in self._shared:
+            return 0
+        segment = self._shared[number]
+        return sum(2 * prod(self._shape(part, segment, holder)) for part in segment.parts)
+
+    def _unpacked(self, flat: Tensor, segment: CutSegment, holder: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each part of a holder's piece."""
+        shapes = [self._shape(part, segment, holder) for part in segment.parts]
+        flats = flat.split([prod(shape) for shape in shapes for _ in range(2)])
+        return [(k.view(shape), v.view(shape)) for shape, k, v in zip(shapes, flats[::2], flats[1::2], strict=True)]
+
+    def _shape(self, part: Part, segment: CutSegment, holder: int) -> tuple[int, int, int, int]:
+        """Of a holder's keys in a part, as a batch."""
+        seen = part.seen[holder - segment.holders.start]
+        return len(self._like), part.groups * part.members, seen, self._like.shape[3]
+
+
+def _flat(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([like.new_empty(0), *(piece.flatten() for piece in pieces)])
+
+
+@final
+class _Shared(torch.autograd.Function):
+    """As one process does it, with the others' keys and values on their way while whole segments are worked on."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions, share: Share) -> Tensor:
+        out, lse = nothing_seen(q)
+        with as_they_are(q.device.type):
+            branches = _branches(k, v, options, share)
+            for part in whole_parts(options, share.tokens, share.own):
+                attend(part, q, part.take(k), part.take(v), out, lse, options)
+            for branch in branches:
+                for part, keys, values in branch.fetched():
+                    if part.tokens:
+                        attend(part, q, keys, values, out, lse, options)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options, ctx.share = options, share
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse = ctx.saved_tensors
+        options: DilatedOptions = ctx.options
+        grad = grads[0].contiguous()
+        dq, dk, dv = (torch.zeros(q.shape, dtype=lse.dtype, device=q.device) for _ in range(3))
+        with as_they_are(q.device.type):
+            branches = _branches(k, v, options, ctx.share)
+            for part in whole_parts(options, ctx.share.tokens, ctx.share.own):
+                found = gradients(part, grad, q, part.take(k), part.take(v), out, lse, options)
+                for total, gradient in zip((dq, dk, dv), found, strict=True):
+                    part.view(total).add_(part.shaped(gradient))
+            for branch in branches:
+                for part, keys, values in branch.fetched():
+                    found = None, torch.zeros_like(keys), torch.zeros_like(values)
+                    if part.tokens:
+                        found = gradients(part, grad, q, keys, values, out, lse, options)
+                        part.view(dq).add_(part.shaped(found.q))
+                    branch.give(part, found[1], dk)
+                    branch.give(part, found[2], dv)
+                branch.send_back()
+            for branch in branches:
+                branch.take_back(dk, dv)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None
+
+
+def _branches(k: Tensor, v: Tensor, options: DilatedOptions, share: Share) -> list[_Branch]:
+    segments = cut_segments(options, share.bounds, share.group.rank)
+    return [_Branch(own, k, v, share.group) for own in segments]

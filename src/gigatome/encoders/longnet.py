@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gigatome.core.errors import ConfigError
-from gigatome.encoders.dilated import DilatedAttention, DilatedOptions, dilated_attention
+from gigatome.encoders.dilated import DilatedAttention, DilatedOptions
+from gigatome.encoders.dilated_parallel import Share, shared_dilated_attention
 
 _EPS = 1e-5
 _HIDDEN = 2**25  # numbers that a feed-forward layer holds in its wide middle at once
@@ -83,10 +84,14 @@ class LongNetEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(config.dim, eps=_EPS) if config.normalize_output else None
         self.apply(_initialise)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, dim] of tokens [B, N, dim], float, of any number."""
+    def forward(self, x: Tensor, share: Share | None = None) -> Tensor:
+        """Tokens [B, N, dim] of tokens [B, N, dim], float, of any number.
+
+        With ``share`` these are this process's tokens of a sequence; each process of the sequence is given its own.
+        Stochastic depth then drops the same in all if their global generators are in the same state.
+        """
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, share)
         return x if self.layer_norm is None else self.layer_norm(x)
 
 
@@ -101,15 +106,15 @@ class _Block(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.dim, eps=_EPS)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, share: Share | None) -> Tensor:
         if self.checkpointing == "block":
-            return again(self._whole, x)
-        return self._whole(x)
+            return again(self._whole, x, share)
+        return self._whole(x, share)
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def _whole(self, x: Tensor, share: Share | None) -> Tensor:
         run = again if self.checkpointing == "selective" else _run
         q, k, v = run(self._before, x)
-        return run(self._after, x, dilated_attention(q, k, v, self.self_attn.options))
+        return run(self._after, x, shared_dilated_attention(q, k, v, self.self_attn.options, share))
 
     def _before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.project_in(self.self_attn_layer_norm(x))

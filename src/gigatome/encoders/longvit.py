@@ -16,7 +16,9 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from gigatome.core.errors import ConfigError
+from gigatome.distributed import sum_over_sequence
 from gigatome.encoders.dilated import DilatedOptions
+from gigatome.encoders.dilated_parallel import Share
 from gigatome.encoders.longnet import Checkpointing, LongNetConfig, LongNetEncoder, again
 from gigatome.encoders.weights import encoder_weights, load_weights, read_weights
 
@@ -132,25 +134,41 @@ class LongVit(nn.Module):
         self.fc_norm = nn.LayerNorm(dim, eps=1e-5) if config.norm == "finetune" else None
         trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, share: Share | None = None) -> Tensor:
         """Embeddings [B, dim] of images.
 
         Args:
             images: uint8 [B, H, W, 3], on any device, or normalised, float [B, 3, H, W]. They are embedded some rows of
                 patches at a time, so that pixels of 1 byte never are floating-point numbers all at once.
+            share: how several processes share the rows of patches of each image, ``Share(group, rows)``; ``images`` are
+                then the rows ``share.own`` alone. All of them return the same embeddings, and the mean of parameters'
+                gradients over them is the gradient of their loss.
 
         Raises:
-            ConfigError: H or W is not a multiple of the patch size.
+            ConfigError: H or W is not a multiple of the patch size, or H is not that of the rows of ``share``.
+            RunError: a process that shares the images does not answer.
         """
-        mean = self.forward_tokens(images).mean(1)
+        tokens = self.forward_tokens(images, share)
+        if share is None:
+            mean = tokens.mean(1)
+        else:
+            exact = torch.promote_types(tokens.dtype, torch.float32)
+            total = sum_over_sequence(tokens.sum(1, dtype=exact), share.group)
+            mean = (total / (tokens.shape[1] * share.count / len(share.own))).to(tokens.dtype)
         return mean if self.fc_norm is None else self.fc_norm(mean)
 
-    def forward_tokens(self, images: Tensor) -> Tensor:
-        """Tokens [B, patches, dim], row-major, after the norm if it is ``norm="pretrain"``; images as in forward."""
-        tokens = self.encoder(self._embed(images))
+    def forward_tokens(self, images: Tensor, share: Share | None = None) -> Tensor:
+        """Tokens [B, patches, dim], row-major, after the norm if it is ``norm="pretrain"``.
+
+        Arguments are those of :meth:`forward`; with ``share`` these are the tokens of this process's rows.
+        """
+        entering = self._embed(images, share)
+        if share is not None:
+            share = Share(share.group, share.count, entering.shape[1] // len(share.own))
+        tokens = self.encoder(entering, share)
         return tokens if self.norm is None else self.norm(tokens)
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, share: Share | None = None) -> Tensor:
         """Tokens [B, patches, dim] that enter the first block."""
         pixels = images.dtype == torch.uint8
         if images.ndim != 4 or images.shape[3 if pixels else 1] != 3:
@@ -159,7 +177,11 @@ class LongVit(nn.Module):
         height, width = images.shape[1:3] if pixels else images.shape[2:]
         if height % size or width % size or not height or not width:
             raise ConfigError(f"images of {height} × {width} px do not divide into patches of {size} px")
-        rows, columns = self._positions(height // size, width // size)
+        own = range(height // size) if share is None else share.own
+        if height != len(own) * size:
+            raise ConfigError(f"images are {height} px high, but this process's rows {own} are {len(own) * size} px")
+        rows, columns = self._positions(own.stop if share is None else share.tokens, width // size)
+        rows = rows[own.start : own.stop]
         step = max(1, _PIXELS // (len(images) * width * size))
         parts = zip(images.split(step * size, 1 if pixels else 2), rows.split(step), strict=True)
         return torch.cat([again(self._embed_rows, part, own_rows, columns) for part, own_rows in parts], 1)

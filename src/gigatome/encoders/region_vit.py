@@ -135,13 +135,19 @@ class _Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.fused_attn = True  # timm's name, see gigatome.encoders.vit.unfuse_attention
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         q, k, v = self._project(x)
         seen = None if keys is None else keys[:, None, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        else:
+            logits = q * q.shape[-1] ** -0.5 @ k.mT
+            logits = logits if seen is None else logits.masked_fill(~seen, float("-inf"))
+            out = logits.softmax(-1).to(v.dtype) @ v
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, keys: Tensor | None) -> Tensor:

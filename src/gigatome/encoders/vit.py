@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from gigatome.core.errors import ConfigError, StoreError
+from gigatome.encoders.region_vit import RegionVit
 from gigatome.encoders.weights import load_weights, read_weights, resize_grid
 
 _RESNETS = {"resnet"}  # timm's module of them
@@ -263,10 +264,15 @@ def unfuse_attention(network: nn.Module) -> None:
     the products would take too much memory, and it stays.
     """
     for module in network.modules():
-        if isinstance(module, TileEncoder) and (module.config.image_size // module.patch_size) ** 2 <= _FEW_TOKENS:
-            for part in module.modules():
-                if isinstance(part, Attention):
-                    part.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(module, TileEncoder):
+            side = module.config.image_size // module.patch_size
+        elif isinstance(module, RegionVit):
+            side = module.config.grid
+        else:
+            continue
+        for part in module.modules():
+            if hasattr(part, "fused_attn") and side**2 <= _FEW_TOKENS:
+                part.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
 def restore_encoder(config: EncoderConfig, weights: Mapping[str, Tensor], *, source: str, name: str) -> TileEncoder:

@@ -126,6 +126,14 @@ def open_encoder(spec: str | Path | TileEncoder, *, model: str | None = None) ->
     return _read_file(path, model or _model_in(query, text))
 
 
+def saved_digest(folder: str | Path) -> str:
+    """:func:`encoder_digest` of the encoder that :func:`save_encoder` wrote into ``folder``; "" if there is none."""
+    try:
+        return str(json.loads((Path(folder) / _CARD).read_text(encoding="utf-8"))["digest"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return ""
+
+
 def encoder_digest(encoder: TileEncoder) -> str:
     """Hash of all that decides an embedding, weights and normalisation: 16 hexadecimal digits."""
     config = encoder.config

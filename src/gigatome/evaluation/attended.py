@@ -1,10 +1,12 @@
-"""The tiles that a model of bags looked at most, and least."""
+"""The tiles, or regions, that a model of bags looked at most, and least."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from gigatome.core.errors import EvaluationError
+from gigatome.embeddings.bags import BagReader
+from gigatome.embeddings.region_tiles import RegionTiles
 from gigatome.evaluation.crossval import FoldRun
 from gigatome.evaluation.study import AttendedTile
 from gigatome.evaluation.unit_data import UnitData
@@ -43,7 +45,7 @@ def attended_tiles(
         weights = run.fitted.predict(data.select(np.array([unit])), attention=True).attention
         if weights is None:
             raise EvaluationError("this head has no attention")
-        found += _of_unit(data, unit, weights[0].mean(1), slides, each, told)
+        found += _of_unit(data, data.bags(run.fitted.needs), unit, weights[0].mean(1), slides, each, told)
     return tuple(found)
 
 
@@ -65,21 +67,31 @@ def _chosen(units: Units, runs: Sequence[FoldRun]) -> list[tuple[int, FoldRun, s
 
 
 def _of_unit(
-    data: UnitData, unit: int, weights: np.ndarray, slides: dict[str, CohortSlide], each: int, told: str
+    data: UnitData,
+    reader: BagReader | RegionTiles,
+    unit: int,
+    weights: np.ndarray,
+    slides: dict[str, CohortSlide],
+    each: int,
+    told: str,
 ) -> list[AttendedTile]:
-    members = data.slides[unit]
-    grids = [read_grid(data.store.path(name)) for name in members]
-    owner = np.repeat(np.arange(len(members)), [len(grid.coords) for grid in grids])
-    first = np.concatenate([np.arange(len(grid.coords)) for grid in grids])
+    members, store = data.slides[unit], data.store
+    if not isinstance(store, EmbeddingStore):
+        raise EvaluationError(f"{store.folder}: embeddings of slides have no tiles to show")
+    coords = [reader.coords(reader.names.index(name)) for name in members]
+    owner = np.repeat(np.arange(len(members)), [len(of) for of in coords])
+    first = np.concatenate([np.arange(len(of)) for of in coords])
+    side = reader.side if isinstance(reader, RegionTiles) else 1
     order = np.argsort(weights, kind="stable")
     picked = [(int(i), True) for i in order[::-1][:each]] + [(int(i), False) for i in order[:each]]
     found = []
     for tile, top in picked:
-        name, grid = members[owner[tile]], grids[owner[tile]]
+        name = members[owner[tile]]
         if name not in slides:
             raise EvaluationError(f"{name}: the cohort does not say where the slide lies")
-        x, y = (int(value) for value in grid.coords[first[tile]])
+        grid = read_grid(store.path(name))
+        x, y = (int(value) for value in coords[owner[tile]][first[tile]])
         with slides[name].open() as slide:
-            image = slide.read_tile(x, y, _SIDE, grid.mpp * grid.tile_size / _SIDE)
+            image = slide.read_tile(x, y, _SIDE, grid.mpp * grid.tile_size / side / _SIDE)
         found.append(AttendedTile(name, x, y, float(weights[tile]), top, image, told))
     return found

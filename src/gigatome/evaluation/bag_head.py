@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gigatome import config
 from gigatome.core.errors import ConfigError, EvaluationError, StoreError
+from gigatome.encoders.region_zoo import open_region_encoder
 from gigatome.evaluation.heads import Outcome, Prediction
 from gigatome.evaluation.splits import Split
 from gigatome.evaluation.unit_data import UnitData
@@ -19,7 +20,7 @@ from gigatome.mil.fit import BagFitOptions, fit_bags, predict_bags
 from gigatome.mil.mcat import LateFusionOptions
 from gigatome.mil.model import BagModel, Criterion, Targets
 from gigatome.mil.source import StoreBags, fit_clusters
-from gigatome.mil.zoo import bag_model, graph_of, model_options
+from gigatome.mil.zoo import bag_model, from_variant, graph_of, model_options, needs_of
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,14 @@ class BagHead:
 
 
 def bag_head(model: str, options: Mapping[str, Any]) -> BagHead:
-    """A model of bags with some options of :class:`BagHead`, nested as there; raises :class:`ConfigError`."""
-    return config.parse(BagHead, {"model": model, **options}, source=model)
+    """A model of bags with some options of :class:`BagHead`, nested as there; raises :class:`ConfigError`.
+
+    ``variant`` in ``fit`` names a published variant of :class:`BagFitOptions`, such as ``"hipt"``, to start from.
+    """
+    given = {"model": model, **options}
+    if isinstance(given.get("fit"), Mapping):
+        given["fit"] = from_variant(BagFitOptions, given["fit"], f"head {model}, fit")
+    return config.parse(BagHead, given, source=model)
 
 
 @final
@@ -82,9 +89,14 @@ class FittedBagHead:
     centroids: NDArray[np.float32] | None
     scales: tuple[NDArray[np.float64], ...]
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """See :attr:`FittedHead.needs`."""
+        return self.network.needs
+
     def predict(self, data: UnitData, *, attention: bool = False) -> Prediction:
         """See :meth:`FittedHead.predict`."""
-        bags = _bags(self.head, data, self.centroids, self.scales)
+        bags = _bags(self.head, data, self.needs, self.centroids, self.scales)
         found = predict_bags(self.network, bags, np.arange(len(data)), self.head.fit, attention=attention)
         logits = torch.from_numpy(found.logits)
         if self.classes:
@@ -111,10 +123,12 @@ class FittedBagHead:
 
 def fit_bag_head(head: BagHead, data: UnitData, outcome: Outcome, split: Split, *, seed: int) -> FittedBagHead:
     """Trains a model of bags on the training part of a split; see :func:`gigatome.evaluation.heads.fit_head`."""
+    data.bags(needs_of(head.model))  # refuses what does not fit before anything is made for it
+    head = _with_region_encoder(head, data)
     scales = tuple(_scale(group[split.train]) for group in data.omics)
     targets, criterion, outputs, edges = _task(head, outcome, split)
     network = _network(head, data.reader.dim, outputs, scales, seed)
-    bags, centroids = _bags(head, data, None, scales), None
+    bags, centroids = _bags(head, data, network.needs, None, scales), None
     if "clusters" in network.needs:
         count = model_options(head.model, head.options).clusters
         centroids = fit_clusters(bags, split.train, count, seed=seed)
@@ -177,14 +191,28 @@ def _task(head: BagHead, outcome: Outcome, split: Split) -> tuple[Targets, Crite
     return Targets(torch.from_numpy(bins.of(time)), *known), losses.survival_nll(head.alpha), head.bins, bins.edges
 
 
+def _with_region_encoder(head: BagHead, data: UnitData) -> BagHead:
+    """The head with the sizes of the region encoder that it starts from, after a check that it is of these tiles."""
+    weights = getattr(model_options(head.model, head.options), "weights", None)
+    if weights is None or "regions" not in needs_of(head.model):
+        return head
+    encoder, card = open_region_encoder(weights)
+    card.check_tiles(data.reader.encoder, data.reader.weights, data.reader.dim, data.store.folder)
+    return replace(head, options={"encoder": config.to_dict(encoder.config), **head.options})
+
+
 def _bags(
-    head: BagHead, data: UnitData, centroids: NDArray[np.float32] | None, scales: tuple[NDArray[np.float64], ...]
+    head: BagHead,
+    data: UnitData,
+    needs: frozenset[str],
+    centroids: NDArray[np.float32] | None,
+    scales: tuple[NDArray[np.float64], ...],
 ) -> StoreBags:
     if len(data.omics) != len(scales):
         raise EvaluationError(f"the head learnt with {len(scales)} groups of omics and is given {len(data.omics)}")
     omics = [(group - scale[0]) / scale[1] for group, scale in zip(data.omics, scales, strict=True)]
     graph = graph_of(model_options(head.model, head.options))
-    return StoreBags(data.reader, data.slides, data.names, omics=omics, centroids=centroids, graph=graph)
+    return StoreBags(data.bags(needs), data.slides, data.names, omics=omics, centroids=centroids, graph=graph)
 
 
 def _scale(group: NDArray[np.float64]) -> NDArray[np.float64]:

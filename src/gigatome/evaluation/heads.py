@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gigatome import config
 from gigatome.core.errors import EvaluationError
 from gigatome.evaluation.cox import Cox
 from gigatome.evaluation.probes import PROBES, Probe, find_probe
@@ -30,8 +31,8 @@ class Prediction:
         risk: float64 [M], higher for a shorter life; empty for classes.
         survival: float64 [M, bins], probability of surviving each time bin; [M, 0] where the head gives none.
         edges: float64 [bins], end of each bin.
-        attention: float32 [tiles, K] of each unit, in the order of its slides' tiles; None where the head has none, or
-            nobody asked.
+        attention: float32 [tiles, K] of each unit, in the order of its slides' tiles, or regions, whichever the head
+            takes; None where the head has none, or nobody asked.
     """
 
     probabilities: NDArray[np.float64]
@@ -43,6 +44,11 @@ class Prediction:
 
 class FittedHead(Protocol):
     """A head that has learnt."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it needs of :meth:`UnitData.bags`; nothing, if it sees means alone."""
+        ...
 
     def predict(self, data: UnitData, *, attention: bool = False) -> Prediction:
         """What it says of all units of ``data``."""
@@ -58,7 +64,8 @@ def find_head(head: "str | Head", options: Mapping[str, Any] | None = None) -> t
 
     Args:
         head: its name, or itself.
-        options: of a bag model and its training, by name, in place of the defaults; see :func:`bag_head`.
+        options: of a probe, or of a bag model and its training, by name, in place of the defaults; see
+            :func:`bag_head`. With ``model``, the name of a probe or bag model, ``head`` may be any name.
 
     Raises:
         EvaluationError: there is no such head.
@@ -70,16 +77,17 @@ def find_head(head: "str | Head", options: Mapping[str, Any] | None = None) -> t
         if isinstance(head, BagHead):
             return head.model, head
         return ("cox", head) if isinstance(head, Cox) else find_probe(head)
-    if is_probe(head):
-        if options:
-            raise EvaluationError(f"{head} takes no options here; make the probe itself in Python")
-        return ("cox", Cox()) if head == "cox" else find_probe(head)
+    given = dict(options or {})
+    model = str(given.pop("model", head))
+    if is_probe(model):
+        probe = Cox() if model == "cox" else find_probe(model)[1]
+        return head, config.parse(type(probe), {**config.to_dict(probe), **given}, source=head) if given else probe
     from gigatome.evaluation.bag_head import bag_head
     from gigatome.mil.zoo import MODELS
 
-    if head not in MODELS:
-        raise EvaluationError(f"there is no head {head}; there are {', '.join([*PROBES, 'cox', *MODELS])}")
-    return head, bag_head(head, options or {})
+    if model not in MODELS:
+        raise EvaluationError(f"there is no head {model}; there are {', '.join([*PROBES, 'cox', *MODELS])}")
+    return head, bag_head(model, given)
 
 
 def is_probe(head: str) -> bool:

@@ -26,6 +26,11 @@ class FittedProbeHead:
 
     fitted: FittedProbe | FittedCox
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """See :attr:`FittedHead.needs`."""
+        return frozenset()
+
     def predict(self, data: UnitData, *, attention: bool = False) -> Prediction:
         """See :meth:`FittedHead.predict`; a probe has no attention."""
         found = self.fitted.predict(data.vectors)

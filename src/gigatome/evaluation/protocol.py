@@ -12,6 +12,7 @@ from gigatome import config
 from gigatome.core.errors import CohortError, EvaluationError
 from gigatome.core.logs import Progress, log, silent
 from gigatome.embeddings.bags import check_bags
+from gigatome.embeddings.slide_store import Embeddings, SlideStore, open_store
 from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.cox import Cox
 from gigatome.evaluation.crossval import FoldRun, Setting, cross_validate, result_of
@@ -53,7 +54,7 @@ class Prepared:
 
 
 def evaluate(
-    store: EmbeddingStore | str | Path,
+    store: Embeddings | str | Path,
     cohort: Cohort | str | Path,
     *,
     target: Target,
@@ -78,7 +79,7 @@ def evaluate(
     :func:`~gigatome.evaluation.comparison.compare_results`.
 
     Args:
-        store: embeddings, or a folder that :meth:`EmbeddingStore.open` takes.
+        store: embeddings, or what :func:`~gigatome.embeddings.slide_store.open_store` takes.
         cohort: slides, patients and labels, or a table of them, also as HIPT, CLAM, MCAT, Giga-SSL, Patho-Bench or
             STAMP have it.
         target: a column of classes, or a :class:`SurvivalTarget`. Slides without it are left out.
@@ -103,9 +104,11 @@ def evaluate(
         ConfigError: an option of the head does not exist or does not fit.
         RunError: the training of a head fails.
     """
-    store = store if isinstance(store, EmbeddingStore) else EmbeddingStore.open(store)
+    store = open_store(store) if isinstance(store, str | Path) else store
     name, found = find_head(head, options)
     if level == "tile":
+        if not isinstance(store, EmbeddingStore):
+            raise EvaluationError(f"{store.folder}: holds embeddings of slides, and level tile takes those of tiles")
         if not isinstance(found, Probe) or isinstance(target, SurvivalTarget):
             raise EvaluationError(f"level tile is for probes of classes; {name} works on slides and patients")
         if tiles_per_slide is not None and tiles_per_slide < 1:
@@ -124,7 +127,7 @@ def evaluate(
 
 def learn(
     prepared: Prepared,
-    store: EmbeddingStore,
+    store: Embeddings,
     target: Target,
     name: str,
     head: Head,
@@ -142,7 +145,7 @@ def learn(
 
 
 def prepare(
-    store: EmbeddingStore,
+    store: Embeddings,
     cohort: Cohort | str | Path,
     target: Target,
     folds: Folds = FOLDS,
@@ -162,7 +165,7 @@ def prepare(
 
 
 def read_units(
-    store: EmbeddingStore,
+    store: Embeddings,
     cohort: Cohort | str | Path,
     target: Target,
     *,
@@ -212,14 +215,14 @@ def read_units(
     return units, UnitData(store, units.names, units.slides, omic_groups)
 
 
-def setting_of(store: EmbeddingStore, target: Target, name: str, head: Head, seed: int, resamples: int) -> Setting:
+def setting_of(store: Embeddings, target: Target, name: str, head: Head, seed: int, resamples: int) -> Setting:
     """What a result says about how it was made."""
     spelt = target if isinstance(target, str) else target.spelt
     options = asdict(head) if isinstance(head, Probe | Cox) else config.to_dict(head)
     return Setting(spelt, name, options, store.encoder, seed, resamples)
 
 
-def _read_cohort(source: Cohort | str | Path, store: EmbeddingStore) -> Cohort:
+def _read_cohort(source: Cohort | str | Path, store: Embeddings) -> Cohort:
     """The cohort; or, from a table that names slides or patients without saying where they lie, the store's slides."""
     if isinstance(source, Cohort):
         return source
@@ -238,9 +241,11 @@ def _read_cohort(source: Cohort | str | Path, store: EmbeddingStore) -> Cohort:
     return labelled if any(slide.name in there for slide in labelled) else read_labels(source, store_cohort(store))
 
 
-def store_cohort(store: EmbeddingStore) -> Cohort:
-    """The slides of a store, without labels; patients by their TCGA barcodes."""
-    return Cohort(tuple(CohortSlide(n, n, patient_of(n)) for n in store.names()), str(store.folder))
+def store_cohort(store: Embeddings) -> Cohort:
+    """The slides of a store, without labels; patients as files of slides name them, or by their TCGA barcodes."""
+    known = store.patients if isinstance(store, SlideStore) else {}
+    slides = (CohortSlide(name, name, known.get(name) or patient_of(name)) for name in store.names())
+    return Cohort(tuple(slides), str(store.folder))
 
 
 def _reasons(excluded: Mapping[str, tuple[str, ...]], unusable: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -26,7 +26,7 @@ from gigatome.evaluation.folds import (
     patient_folds,
 )
 from gigatome.evaluation.folds import folds_digest as folds_digest
-from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome, Units
+from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome, Units, both_cohorts
 
 Group = Literal["patient", "site"]
 
@@ -80,8 +80,10 @@ class SplitOptions:
         folds: how many.
         val_fraction: share of the groups that do not test, set aside to tune on.
         test_fraction: for ``"monte_carlo"``, share of the groups that test.
-        train_fraction: share of the training units to keep, such as HIPT's 0.25; of each class its share.
+        train_fraction: share of the training units to keep, such as HIPT's 0.25.
         train_units: how many training units to keep, of each class its share, at least one; None keeps all.
+        train_draw: which: ``"stratified"``, of each class its share; or ``"hipt"``, whatever pandas' ``sample`` with
+            ``random_state=1`` draws of the table's training rows in their order, in every split, as HIPT's code does.
         group: what is never on two sides. A site is a TCGA tissue source site or the column that the units were made
             with; splits that keep sites whole say how well a head does in a hospital it has not seen (Howard et al.,
             Nat. Commun. 2021; differs: sites are dealt greedily, the best of 64 random orders, not by an optimiser).
@@ -94,6 +96,7 @@ class SplitOptions:
     test_fraction: float = 0.1
     train_fraction: float = 1.0
     train_units: int | None = None
+    train_draw: Literal["stratified", "hipt"] = "stratified"
     group: Group = "patient"
     seed: int = 0
 
@@ -138,13 +141,32 @@ def make_splits(units: Units, options: SplitOptions) -> Splits:
     return finish(units, parts, describe(options), alone=options.kind == "leave_one_out")
 
 
+def with_fewer(units: Units, splits: Splits, options: SplitOptions) -> Splits:
+    """Other splits, such as published ones, with the training units that some options leave of each.
+
+    Args:
+        units: what is split.
+        splits: of them.
+        options: of which ``train_fraction``, ``train_units``, ``train_draw`` and ``seed`` count.
+
+    Raises:
+        EvaluationError: fewer units are there than are asked for, or a class is not among them.
+    """
+    if options.train_fraction == 1 and options.train_units is None:
+        return splits
+    strata = stratum_of(units.outcome)
+    parts = [replace(part, train=_keep(part.train, strata, units, options, k)) for k, part in enumerate(splits.parts)]
+    name = splits.name + _extras(replace(options, val_fraction=0.0))
+    return finish(units, parts, name, alone=True, warnings=splits.warnings)  # what lacks a class is told already
+
+
 def external_split(train_units: Units, test_units: Units, options: SplitOptions | None = None) -> tuple[Units, Splits]:
     """One split: one cohort trains, another tests.
 
     Args:
         train_units: of the first cohort.
         test_units: of the second. Make them with ``classes=`` of the first cohort's outcome.
-        options: for ``val_fraction``, ``train_fraction``, ``train_units``, ``group`` and ``seed``.
+        options: for ``val_fraction``, ``train_fraction``, ``train_units``, ``train_draw``, ``group`` and ``seed``.
 
     Returns:
         Units of both, those that train first, and the split.
@@ -153,7 +175,7 @@ def external_split(train_units: Units, test_units: Units, options: SplitOptions 
         EvaluationError: a patient or a slide is in both cohorts, or the outcomes differ in kind, classes or unit.
     """
     options = options or SplitOptions()
-    units = _both(train_units, test_units)
+    units = both_cohorts(train_units, test_units)
     count = len(train_units)
     strata, groups = stratum_of(units.outcome), groups_of(units, options.group)
     train, val = _set_aside(np.arange(count), strata, groups, options, 0)
@@ -339,49 +361,12 @@ def _keep(
         return train
     if count > len(train):
         raise EvaluationError(f"fold {fold} has {len(train)} training units, fewer than the {count} asked for")
+    if options.train_draw == "hipt":
+        rows = train[np.argsort([units.order[i] for i in train.tolist()])]
+        return np.sort(rows[np.random.RandomState(1).permutation(len(rows))[:count]])
     order = train[np.argsort([units.names[i] for i in train.tolist()], kind="stable")]
     told = [strata[i] for i in order.tolist()]
     if isinstance(units.outcome, ClassOutcome) and count < len(set(told)):
         raise EvaluationError(f"{count} training units cannot hold the {len(set(told))} classes")
     rng = generator(options.seed, "train", fold)
     return np.sort(order[draw_stratified(told, max(1, count), rng)])
-
-
-def _both(first: Units, second: Units) -> Units:
-    """The units of two cohorts, after a check that they can be told apart and hold one outcome."""
-    shared = sorted(set(first.patients) & set(second.patients))
-    if not shared:
-        shared = sorted({s for of in first.slides for s in of} & {s for of in second.slides for s in of})
-    if shared:
-        raise EvaluationError(
-            f"{len(shared)} patients or slides are in both cohorts, such as {', '.join(shared[:5])}; leave them out of "
-            "one"
-        )
-    a, b = first.outcome, second.outcome
-    if first.level != second.level or type(a) is not type(b):
-        raise EvaluationError("the cohorts differ in what is predicted: a class or survival, of slides or patients")
-    if isinstance(a, ClassOutcome) and isinstance(b, ClassOutcome):
-        if a.classes != b.classes:
-            raise EvaluationError(
-                f"the classes differ: {', '.join(a.classes)} and {', '.join(b.classes)}; map the labels, or make the "
-                "units of the second cohort with the classes of the first"
-            )
-        outcome = ClassOutcome(a.classes, np.concatenate([a.y, b.y]))
-    elif isinstance(a, SurvivalOutcome) and isinstance(b, SurvivalOutcome):
-        if a.unit != b.unit:
-            raise EvaluationError(f"the survival times differ in their unit, {a.unit} and {b.unit}")
-        time, event = np.concatenate([a.time, b.time]), np.concatenate([a.event, b.event])
-        outcome = SurvivalOutcome(time, event, a.unit, a.spelt if a.spelt == b.spelt else f"{a.spelt}; {b.spelt}")
-    else:  # of one kind, as was checked
-        raise TypeError(type(a).__name__)
-    reasons = dict.fromkeys([*first.excluded, *second.excluded])
-    return replace(
-        first,
-        names=first.names + second.names,
-        patients=first.patients + second.patients,
-        slides=first.slides + second.slides,
-        outcome=outcome,
-        excluded={reason: first.excluded.get(reason, ()) + second.excluded.get(reason, ()) for reason in reasons},
-        sites=first.sites + second.sites,
-        warnings=first.warnings + second.warnings,
-    )

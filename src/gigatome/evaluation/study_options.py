@@ -16,7 +16,7 @@ class Reported:
     Attributes:
         head: the head it belongs to.
         value: mean over folds.
-        embeddings: of the study's, where there are several; the first by default.
+        embeddings: of the study's, spelt as there; the first that the head runs on by default.
         sd: standard deviation over folds, if the paper prints it.
         source: paper, table and row.
     """
@@ -46,17 +46,23 @@ class StudyOptions:
     """A study, as its file states it.
 
     Attributes:
-        embeddings: folders of embeddings, as :meth:`EmbeddingStore.open` takes them.
+        embeddings: of tiles, regions or slides, as :func:`~gigatome.embeddings.slide_store.open_store` takes them;
+            "A + B" joins the mean embeddings of two, for probes.
         labels: table of slides, patients and outcomes.
         target: column of classes; or
         survival: columns of a survival. Exactly one of both.
-        heads: names of heads; each runs on each of ``embeddings``.
-        options: of heads that are models of bags, by name, nested as in
-            :class:`~gigatome.evaluation.bag_head.BagHead`.
+        heads: names of heads.
+        options: of heads, by name: those of a probe, or of a model of bags, nested as in
+            :class:`~gigatome.evaluation.bag_head.BagHead`. A head with ``model`` may have any name, so that one model
+            can be there several times.
+        fit: of the training of all models of bags, where ``options`` do not say it.
+        only: of heads, by name, the numbers of the ``embeddings`` that they run on, from 0; by default they run on all,
+            and on ``null_embeddings``.
         level: ``"slide"`` or ``"patient"``; patients for survival and slides for classes by default.
         label_map: another name for classes, many to one; slides of other classes are left out.
         splits: how to split.
-        split_file: published splits, a table or a folder, in place of ``splits``.
+        split_file: published splits, a table or a folder, in place of ``splits``, of which ``train_fraction``,
+            ``train_units`` and ``train_draw`` count then.
         leaks: ``"error"`` or ``"warn"`` about patients on both sides of published splits.
         site: column of the site, for splits by site; by default it is read off TCGA barcodes.
         external: another cohort to test on too.
@@ -81,6 +87,8 @@ class StudyOptions:
     survival: SurvivalTarget | None = None
     heads: tuple[str, ...] = ("linear",)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    only: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     level: Literal["slide", "patient"] | None = None
     label_map: Mapping[str, str] | None = None
     splits: SplitOptions = field(default_factory=lambda: SplitOptions(folds=FOLDS))
@@ -113,9 +121,20 @@ class StudyOptions:
             raise ValueError("external.embeddings must name one folder for each of embeddings, in their order")
         if (self.omics is None) != (self.signatures is None):
             raise ValueError("omics and signatures go together: the values, and the genes of each group")
-        unknown = set(self.options) - set(self.heads)
-        if unknown:
-            raise ValueError(f"there are options of {min(unknown)}, which is none of the heads {', '.join(self.heads)}")
+        for what, named in (("options of", self.options), ("embeddings for", self.only)):
+            unknown = set(named) - set(self.heads)
+            if unknown:
+                raise ValueError(f"there are {what} {min(unknown)}, which is none of the heads {', '.join(self.heads)}")
+        for reported in self.reproduces:
+            if reported.embeddings and reported.embeddings not in self.embeddings:
+                raise ValueError(f"reproduces names {reported.embeddings}, which is none of embeddings")
+        for head, numbers in self.only.items():
+            if not numbers or any(not 0 <= number < len(self.embeddings) for number in numbers):
+                raise ValueError(f"only.{head} must be numbers of embeddings, 0 to {len(self.embeddings) - 1}")
+
+    def on(self, head: str) -> tuple[int, ...]:
+        """Numbers of the embeddings that a head runs on; those of null rows come after the others."""
+        return self.only.get(head, tuple(range(len(self.embeddings) + len(self.null_embeddings))))
 
     @property
     def outcome(self) -> Target:

@@ -8,17 +8,20 @@ from typing import Any
 from gigatome import config
 from gigatome.core.errors import EvaluationError, GigatomeError, RunError, StoreError
 from gigatome.core.logs import Progress, log, silent
-from gigatome.embeddings.store import EmbeddingStore
+from gigatome.embeddings.joined import open_embeddings
+from gigatome.embeddings.slide_store import Embeddings
 from gigatome.evaluation.attended import attended_tiles
 from gigatome.evaluation.comparison import Comparison, adjusted, compare_results
+from gigatome.evaluation.cox import Cox
 from gigatome.evaluation.crossval import FoldRun
 from gigatome.evaluation.external import evaluate_external
 from gigatome.evaluation.heads import Head, find_head, is_probe
 from gigatome.evaluation.omics import read_omics
+from gigatome.evaluation.probes import Probe
 from gigatome.evaluation.protocol import Omics, Prepared, learn, prepare, read_units, setting_of
 from gigatome.evaluation.saved import CARD, save_model
 from gigatome.evaluation.split_tables import write_splits
-from gigatome.evaluation.splits import make_splits
+from gigatome.evaluation.splits import make_splits, with_fewer
 from gigatome.evaluation.study import Arm, AttendedTile, FewShot, Study
 from gigatome.evaluation.study_files import file_names, headline
 from gigatome.evaluation.study_options import Reported, StudyOptions
@@ -28,6 +31,9 @@ from gigatome.slides.cohort import Cohort
 
 MODELS = "models"
 """Folder of a study that holds the heads of each arm."""
+
+JOINED = "embeddings"
+"""Folder of a study that holds mean embeddings which it has joined."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,33 +73,36 @@ def run_study(
         ConfigError: an option of a head does not exist or does not fit.
     """
     out = Path(out)
-    stores = [EmbeddingStore.open(path) for path in (*options.embeddings, *options.null_embeddings)]
+    stores = _open([*options.embeddings, *options.null_embeddings], out)
     names = _store_names(stores)
     if len(set(names)) < len(names):
         raise EvaluationError(
             f"embeddings {stores[0].folder} are named twice" if len(names) == 2 else "embeddings repeat"
         )
     _make_room(out)
-    heads = {name: find_head(name, options.options.get(name))[1] for name in options.heads}
+    heads = {name: _head(name, options) for name in options.heads}
     prepared = _prepare(options, stores, cohort)
     learnt: list[_Learnt] = []
     for k, (store, given) in enumerate(zip(stores, prepared, strict=True)):
         null = k >= len(options.embeddings)
         for name, head in heads.items():
+            if k not in options.on(name):
+                continue
             label = f"{name} on {names[k]}" if len(stores) > 1 else name
-            learnt.append(_learn(options, store, given, label, name, head, null=null, progress=progress))
+            reported = None if null else _reported(options, name, k)
+            learnt.append(_learn(options, store, given, label, name, head, reported, null=null, progress=progress))
     if options.shuffled:
         name, head = next(iter(heads.items()))
-        label = f"{name}, shuffled outcomes"
+        label, k = f"{name}, shuffled outcomes", options.on(name)[0]
         learnt.append(
-            _learn(options, stores[0], prepared[0], label, name, head, null=True, permute=True, progress=progress)
+            _learn(options, stores[k], prepared[k], label, name, head, None, null=True, permute=True, progress=progress)
         )
-    learnt += _external(options, learnt)
+    learnt += _external(options, stores[: len(options.embeddings)], learnt, out)
     study = Study(
         title=_title(options, cohort),
         arms=tuple(item.arm for item in learnt),
         comparisons=_compared(learnt, options) if options.compare else (),
-        few_shot=_few_shot(options, stores[0], prepared[0], heads, progress),
+        few_shot=_few_shot(options, stores[0], prepared[0], heads, progress) if options.few_shot else (),
         tiles=_attended(learnt, options, cohort),
         settings=_settings(options, learnt),
         excluded=prepared[0].units.excluded,
@@ -109,6 +118,18 @@ def run_study(
     return study
 
 
+def _open(embeddings: Sequence[str], out: Path) -> list[Embeddings]:
+    """The stores; those that are joined of two are written below ``out``."""
+    return [open_embeddings(path, out / JOINED / config.digest(path)) for path in embeddings]
+
+
+def _head(name: str, options: StudyOptions) -> Head:
+    given = options.options.get(name, {})
+    if options.fit and not is_probe(str(given.get("model", name))):
+        given = {**given, "fit": {**options.fit, **given.get("fit", {})}}
+    return find_head(name, given)[1]
+
+
 def _make_room(out: Path) -> None:
     """Makes the folder before anything is trained, and takes heads of an earlier study away."""
     try:
@@ -119,18 +140,20 @@ def _make_room(out: Path) -> None:
         raise StoreError(f"{out}: cannot be written ({error.strerror})") from error
 
 
-def _external(options: StudyOptions, learnt: Sequence[_Learnt]) -> list[_Learnt]:
+def _external(
+    options: StudyOptions, stores: Sequence[Embeddings], learnt: Sequence[_Learnt], out: Path
+) -> list[_Learnt]:
     """Each arm again, learnt from the whole cohort and tested on the external one."""
     if options.external is None:
         return []
     outcome, omics = learnt[0].prepared.units.outcome, _omics(options)
     others = {
-        EmbeddingStore.open(path).folder: read_units(
-            EmbeddingStore.open(other), options.external.labels, options.outcome,
+        store.folder: read_units(
+            other, options.external.labels, options.outcome,
             level=learnt[0].prepared.units.level, label_map=options.label_map, site=options.site,
             classes=outcome.classes if isinstance(outcome, ClassOutcome) else None, omics=omics,
         )
-        for path, other in zip(options.embeddings, options.external.embeddings, strict=True)
+        for store, other in zip(stores, _open(options.external.embeddings, out), strict=True)
     }  # fmt: skip
     found = []
     for item in learnt:
@@ -149,7 +172,7 @@ def _omics(options: StudyOptions) -> Omics | None:
     return read_omics(options.omics, options.signatures) if options.omics and options.signatures else None
 
 
-def _prepare(options: StudyOptions, stores: Sequence[EmbeddingStore], cohort: Cohort | None) -> list[Prepared]:
+def _prepare(options: StudyOptions, stores: Sequence[Embeddings], cohort: Cohort | None) -> list[Prepared]:
     """Units and splits, the same for all stores."""
     common = set.intersection(*(set(store.names()) for store in stores))
     folds = Path(options.split_file) if options.split_file else replace(options.splits, seed=options.seed)
@@ -162,6 +185,8 @@ def _prepare(options: StudyOptions, stores: Sequence[EmbeddingStore], cohort: Co
         )
         for store in stores
     ]  # fmt: skip
+    if options.split_file:
+        given = [replace(one, splits=with_fewer(one.units, one.splits, options.splits)) for one in given]
     different = next((k for k, one in enumerate(given) if one.splits.digest != given[0].splits.digest), None)
     if different is not None:
         lost = set(given[0].units.names) ^ set(given[different].units.names)
@@ -174,11 +199,12 @@ def _prepare(options: StudyOptions, stores: Sequence[EmbeddingStore], cohort: Co
 
 def _learn(
     options: StudyOptions,
-    store: EmbeddingStore,
+    store: Embeddings,
     prepared: Prepared,
     label: str,
     name: str,
     head: Head,
+    reported: Reported | None,
     *,
     null: bool,
     permute: bool = False,
@@ -188,7 +214,6 @@ def _learn(
         prepared, store, options.outcome, name, head,
         seed=options.seed, resamples=options.resamples, permute=permute, progress=progress,
     )  # fmt: skip
-    reported = None if null else _reported(options, store, name)
     arm = Arm(
         label,
         result,
@@ -200,11 +225,11 @@ def _learn(
     return _Learnt(arm, prepared, runs, head)
 
 
-def _reported(options: StudyOptions, store: EmbeddingStore, head: str) -> Reported | None:
-    first = EmbeddingStore.open(options.embeddings[0]).folder
+def _reported(options: StudyOptions, head: str, number: int) -> Reported | None:
+    """The paper's value of a head on the embeddings of this number."""
     for reported in options.reproduces:
-        of = EmbeddingStore.open(reported.embeddings).folder if reported.embeddings else first
-        if reported.head == head and of == store.folder:
+        of = options.embeddings.index(reported.embeddings) if reported.embeddings else options.on(head)[0]
+        if (reported.head, of) == (head, number):
             return reported
     return None
 
@@ -224,12 +249,12 @@ def _compared(learnt: Sequence[_Learnt], options: StudyOptions) -> tuple[Compari
 
 
 def _few_shot(
-    options: StudyOptions, store: EmbeddingStore, prepared: Prepared, heads: Mapping[str, Head], progress: Progress
+    options: StudyOptions, store: Embeddings, prepared: Prepared, heads: Mapping[str, Head], progress: Progress
 ) -> tuple[FewShot, ...]:
     """Learning curves of each head on the first embeddings; a number of units that cannot be had is left out."""
     points = []
     for name, head in heads.items():
-        for count in options.few_shot:
+        for count in options.few_shot if 0 in options.on(name) else ():
             scores = []
             for repeat in range(options.repeats):
                 seed = options.seed + repeat
@@ -253,7 +278,7 @@ def _attended(learnt: Sequence[_Learnt], options: StudyOptions, cohort: Cohort |
     if not options.tiles:
         return ()
     for item in learnt:
-        if item.arm.null or not item.runs or is_probe(item.arm.result.head):
+        if item.arm.null or not item.runs or isinstance(item.head, Probe | Cox):
             continue
         try:
             source = cohort or Cohort.read(options.labels)
@@ -280,7 +305,7 @@ def _settings(options: StudyOptions, learnt: Sequence[_Learnt]) -> dict[str, Any
                 "folder": str(item.prepared.data.store.folder),
                 "encoder": item.prepared.data.reader.encoder,
                 "weights": item.prepared.data.reader.weights,
-                "tiles": int(item.prepared.data.reader.sizes.sum()),
+                "tiles": int(item.prepared.data.tiles.sizes.sum()),
             }
             for item in {id(item.prepared): item for item in learnt}.values()
         ],
@@ -294,7 +319,7 @@ def _title(options: StudyOptions, cohort: Cohort | None) -> str:
     return f"{what} of {Path(options.labels).name or (cohort.source if cohort else '')}"
 
 
-def _store_names(stores: Sequence[EmbeddingStore]) -> list[str]:
+def _store_names(stores: Sequence[Embeddings]) -> list[str]:
     """What the report calls each store: its encoder, and its tiling too where encoders repeat."""
     short = [store.encoder for store in stores]
     if len(set(short)) == len(short):

@@ -8,11 +8,20 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.core.errors import EvaluationError
+from gigatome.core.errors import ConfigError, EvaluationError
 from gigatome.embeddings.bags import BagReader
-from gigatome.embeddings.store import EmbeddingStore
+from gigatome.embeddings.region_tiles import RegionTiles
+from gigatome.embeddings.regions import TILES
+from gigatome.embeddings.slide_store import Embeddings
+from gigatome.embeddings.slide_vectors import VIEW_TILES
 
-_TILING = {"patch_size": "px tiles", "target_mpp": "µm per pixel", "target_magnification": "× magnification"}
+_TILING = {
+    "patch_size": "px",
+    "target_mpp": "µm per pixel",
+    "target_magnification": "× magnification",
+    TILES: "to a region's side",
+    VIEW_TILES: "to a view of a slide",
+}
 
 
 @final
@@ -24,7 +33,8 @@ class Origin:
         encoder: its name.
         weights: hash of its weights; "" if no file says.
         dim: size of an embedding.
-        tiling: of "patch_size", "target_mpp" and "target_magnification" what the files state.
+        tiling: of "patch_size", "target_mpp", "target_magnification", for regions "region_tiles" and for slides
+            "view_tiles" what the files state.
     """
 
     encoder: str
@@ -52,7 +62,7 @@ class Origin:
 
 @final
 class UnitData:
-    """The embeddings of units; a unit of several slides has the tiles of all of them.
+    """The embeddings of units; a unit of several slides has the tiles, or regions, of all of them.
 
     Args:
         store: the embeddings.
@@ -65,7 +75,8 @@ class UnitData:
         names: of the units.
         slides: of each unit.
         omics: of each unit.
-        reader: of all slides, one after another.
+        tiles: reader of the tiles of all slides, which are those of their regions where files hold regions.
+        reader: of all slides, one after another, as their files are: of tiles or of regions.
 
     Raises:
         StoreError: a slide has no embeddings or no tiles, or a file is damaged.
@@ -73,7 +84,7 @@ class UnitData:
 
     def __init__(
         self,
-        store: EmbeddingStore,
+        store: Embeddings,
         names: Sequence[str],
         slides: Sequence[Sequence[str]],
         omics: tuple[NDArray[np.float64], ...] = (),
@@ -81,14 +92,37 @@ class UnitData:
         self.store, self.names, self.omics = store, tuple(names), omics
         self.slides = tuple(tuple(members) for members in slides)
         self.reader = BagReader(store, list(dict.fromkeys(slide for members in slides for slide in members)))
+        self.tiles = RegionTiles(self.reader) if len(self.reader.shape) == 2 else self.reader
         self._vectors: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def bags(self, needs: frozenset[str]) -> BagReader | RegionTiles:
+        """What a model takes: the regions of files of regions, or their tiles.
+
+        Args:
+            needs: of the model, as of :attr:`~gigatome.mil.model.BagModel.needs`.
+
+        Raises:
+            ConfigError: the files do not hold what it needs.
+        """
+        grids = self.tiles is not self.reader
+        if "regions" in needs and not grids:
+            raise ConfigError(
+                f"{self.store.folder}: holds one embedding of each tile, or of each region, and this head takes "
+                "regions as grids of tile embeddings; write them with gigatome embed … --level region"
+            )
+        if "region embeddings" in needs and grids:
+            raise ConfigError(
+                f"{self.store.folder}: holds regions as grids of tile embeddings, and this head takes one embedding of "
+                "each region; write them with gigatome embed … --level region and a region encoder, or use hipt_lgp_fc"
+            )
+        return self.reader if "regions" in needs else self.tiles
+
     @property
     def vectors(self) -> NDArray[np.float32]:
-        """float32 [N, D], the mean embedding of each unit's tiles.
+        """float32 [N, D], the mean embedding of each unit's tiles, those of regions too.
 
         Raises:
             EvaluationError: a slide has embeddings that are not finite.
@@ -101,7 +135,7 @@ class UnitData:
                 raise EvaluationError(f"{min(lost)}: has no usable embeddings in {self.store.folder}; embed it again")
             row = {name: k for k, name in enumerate(found)}
             rows = [[row[slide] for slide in members] for members in self.slides]
-            sizes = self.reader.sizes
+            sizes = self.tiles.sizes
             self._vectors = np.stack(
                 [
                     means[members[0]] if len(members) == 1 else np.average(means[members], 0, sizes[members])
@@ -117,24 +151,32 @@ class UnitData:
         Raises:
             EvaluationError: the slides' tiles differ in size or resolution.
         """
-        tilings: dict[tuple[tuple[str, float], ...], str] = {}
+        tilings: list[dict[str, float]] = []
         for name in self.reader.names:
-            attrs = self.store.attributes(name)
-            try:
-                stated = tuple((key, float(f"{float(attrs[key]):.3g}")) for key in _TILING if key in attrs)
-            except ValueError as error:
-                raise EvaluationError(f"{name}: its file states a tiling that is no number ({error})") from error
-            tilings.setdefault(stated, name)
-        if len(tilings) > 1:
-            both = " and ".join(f"{name} ({dict(stated)})" for stated, name in list(tilings.items())[:2])
-            raise EvaluationError(f"{self.store.folder}: slides are cut into different tiles: {both}; embed them alike")
-        return Origin(self.reader.encoder, self.reader.weights, self.reader.dim, dict(next(iter(tilings))))
+            stated = tiling_of(self.store, name)
+            if stated not in tilings:
+                tilings.append(stated)
+            if len(tilings) > 1:
+                both = f"{self.reader.names[0]} ({tilings[0]}) and {name} ({stated})"
+                raise EvaluationError(
+                    f"{self.store.folder}: slides are cut into different tiles: {both}; embed them alike"
+                )
+        return Origin(self.reader.encoder, self.reader.weights, self.reader.dim, tilings[0])
 
     def select(self, indices: NDArray[np.int64]) -> "UnitData":
         """Some of the units; what has been read is shared."""
         part = UnitData.__new__(UnitData)
-        part.store, part.reader = self.store, self.reader
+        part.store, part.reader, part.tiles = self.store, self.reader, self.tiles
         part.names, part.slides = tuple(self.names[i] for i in indices), tuple(self.slides[i] for i in indices)
         part.omics = tuple(group[indices] for group in self.omics)
         part._vectors = None if self._vectors is None else self._vectors[indices]
         return part
+
+
+def tiling_of(store: Embeddings, name: str) -> dict[str, float]:
+    """What a slide's file states of its tiling, as of :class:`Origin`; raises :class:`EvaluationError`."""
+    attrs = store.attributes(name)
+    try:
+        return {key: float(f"{float(attrs[key]):.3g}") for key in _TILING if key in attrs}
+    except ValueError as error:
+        raise EvaluationError(f"{name}: its file states a tiling that is no number ({error})") from error

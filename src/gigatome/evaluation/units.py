@@ -121,6 +121,7 @@ class Units:
         sites: where each was made: TCGA's tissue source site of the barcode, or the column that was named; ``""`` where
             nothing says it. One hospital can have several codes in TCGA.
         warnings: what to tell the reader of the result.
+        order: place of each in the cohort's table; that of its name by default.
     """
 
     level: Literal["slide", "patient"]
@@ -131,8 +132,11 @@ class Units:
     excluded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sites: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
 
     def __post_init__(self):
+        if not self.order:
+            object.__setattr__(self, "order", tuple(range(len(self.names))))
         if not self.sites:
             object.__setattr__(self, "sites", tuple(map(site_of, self.patients, self.names)))
         size = len(self.outcome.y if isinstance(self.outcome, ClassOutcome) else self.outcome.time)
@@ -157,10 +161,10 @@ class Units:
         else:
             outcome = replace(outcome, time=outcome.time[kept], event=outcome.event[kept])
         lost = tuple(name for name in self.names if name in names)
-        parts = ((values[i] for i in kept) for values in (self.names, self.patients, self.slides, self.sites))
-        names_, patients, slides, sites = map(tuple, parts)
+        columns = (self.names, self.patients, self.slides, self.sites, self.order)
+        names_, patients, slides, sites, order = (tuple(values[i] for i in kept) for values in columns)
         return replace(
-            self, names=names_, patients=patients, slides=slides, sites=sites, outcome=outcome,
+            self, names=names_, patients=patients, slides=slides, sites=sites, order=order, outcome=outcome,
             excluded={**self.excluded, reason: (*self.excluded.get(reason, ()), *lost)},
         )  # fmt: skip
 
@@ -215,10 +219,53 @@ def make_units(
     warnings = [w for w in (name_leak(slides, patients, told), _differ(target, level, patients, outcome)) if w]
     for warning in warnings:
         log.warning("%s: %s", cohort.source, warning)
+    places = {name: place for place, name in enumerate(members)}
     return Units(
         level, names, patients, tuple(slides.values()), outcome, excluded,
         tuple(_site(name, members[name], site, cohort.source) for name in names), tuple(warnings),
+        tuple(places[name] for name in names),
     )  # fmt: skip
+
+
+def both_cohorts(first: Units, second: Units) -> Units:
+    """The units of two cohorts; raises :class:`EvaluationError` if they overlap, or do not hold one outcome."""
+    shared = sorted(set(first.patients) & set(second.patients))
+    if not shared:
+        shared = sorted({s for of in first.slides for s in of} & {s for of in second.slides for s in of})
+    if shared:
+        raise EvaluationError(
+            f"{len(shared)} patients or slides are in both cohorts, such as {', '.join(shared[:5])}; leave them out of "
+            "one"
+        )
+    a, b = first.outcome, second.outcome
+    if first.level != second.level or type(a) is not type(b):
+        raise EvaluationError("the cohorts differ in what is predicted: a class or survival, of slides or patients")
+    if isinstance(a, ClassOutcome) and isinstance(b, ClassOutcome):
+        if a.classes != b.classes:
+            raise EvaluationError(
+                f"the classes differ: {', '.join(a.classes)} and {', '.join(b.classes)}; map the labels, or make the "
+                "units of the second cohort with the classes of the first"
+            )
+        outcome = ClassOutcome(a.classes, np.concatenate([a.y, b.y]))
+    elif isinstance(a, SurvivalOutcome) and isinstance(b, SurvivalOutcome):
+        if a.unit != b.unit:
+            raise EvaluationError(f"the survival times differ in their unit, {a.unit} and {b.unit}")
+        time, event = np.concatenate([a.time, b.time]), np.concatenate([a.event, b.event])
+        outcome = SurvivalOutcome(time, event, a.unit, a.spelt if a.spelt == b.spelt else f"{a.spelt}; {b.spelt}")
+    else:  # of one kind, as was checked
+        raise TypeError(type(a).__name__)
+    reasons = dict.fromkeys([*first.excluded, *second.excluded])
+    return replace(
+        first,
+        names=first.names + second.names,
+        patients=first.patients + second.patients,
+        slides=first.slides + second.slides,
+        outcome=outcome,
+        excluded={reason: first.excluded.get(reason, ()) + second.excluded.get(reason, ()) for reason in reasons},
+        sites=first.sites + second.sites,
+        order=first.order + tuple(place + max(first.order) + 1 for place in second.order),
+        warnings=first.warnings + second.warnings,
+    )
 
 
 def site_of(*names: str) -> str:

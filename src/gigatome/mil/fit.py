@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, final
+from typing import Literal, Self, final
 
 import numpy as np
 import torch
@@ -47,7 +47,8 @@ class BagFitOptions:
         sampling: ``"shuffle"``, each bag once an epoch, or ``"balanced"``, as many bags drawn with replacement so that
             each class, or each time bin of events and of censored, is as likely.
         instances: the most instances of a bag in training, drawn anew each time; None for all. Prediction takes all.
-        max_instances: at which a batch is cut into packs to spare memory; one larger bag is a pack.
+        max_instances: at which a batch is cut into packs to spare memory; one larger bag is a pack. Tiles count, where
+            an instance is a region of them too.
         schedule: of the learning rate: ``"constant"``, or ``"cosine"`` down to 0.
         warmup: epochs in which it rises from 0.
         patience: epochs without a lower validation loss after which training ends; None for never.
@@ -73,6 +74,24 @@ class BagFitOptions:
     clip: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "cpu"
+
+    @classmethod
+    def hipt(cls) -> Self:
+        """As HIPT's code trains on classes: a step of Adam after each bag, classes drawn alike.
+
+        The code divides the loss by 32 and does not accumulate; Adam does not see that.
+        """
+        return cls(sampling="balanced")
+
+    @classmethod
+    def hipt_paper(cls) -> Self:
+        """As HIPT's paper says: a rate 50 times that of its code, and 32 bags to a step."""
+        return cls(sampling="balanced", lr=0.01, accumulate=32)
+
+    @classmethod
+    def hipt_survival(cls) -> Self:
+        """As HIPT's tables of survival were made, by MCAT's code: 32 bags to a step."""
+        return cls(sampling="balanced", accumulate=32)
 
     def __post_init__(self):
         for name in ("epochs", "batch_bags", "accumulate", "instances", "max_instances", "patience"):
@@ -222,7 +241,7 @@ def predict_bags(
     model.to(device)
     mode, logits, weights = model.training, [], []
     model.eval()
-    cut = packs(np.asarray(indices, np.int64), source.sizes, len(indices), options.max_instances)
+    cut = packs(np.asarray(indices, np.int64), source.sizes * source.tiles, len(indices), options.max_instances)
     try:
         for _, batch in read(source, cut, model.needs, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
@@ -266,7 +285,7 @@ class _Training:
         order = balanced(train, self.targets, random) if options.sampling == "balanced" else random.permutation(train)
         steps = chunks(order, options.batch_bags * options.accumulate)
         sizes = self.source.sizes if options.instances is None else self.source.sizes.clip(max=options.instances)
-        cut = [packs(step, sizes, options.batch_bags, options.max_instances) for step in steps]
+        cut = [packs(step, sizes * self.source.tiles, options.batch_bags, options.max_instances) for step in steps]
         if isinstance(self.criterion, Comparing) and number == 1:
             self._warn_of_small_packs(steps, cut)
         draws = partial(generator, self.seed, "mil", "instances", number) if options.instances else None

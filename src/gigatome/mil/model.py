@@ -16,7 +16,7 @@ class BagBatch:
     """Several bags, the instances of one after those of another.
 
     Attributes:
-        x: float [T, D] embeddings; [T, 256, D] for models of regions, an instance being a grid of tiles.
+        x: float [T, D] embeddings; [T, tiles, D] for models of regions, an instance being a grid of tiles.
         bounds: int64 [B + 1]; bag b is rows ``bounds[b]`` to ``bounds[b + 1]`` of ``x``. None is empty.
         coords: int64 [T, 2], (x, y) of each instance's corner in level-0 pixels.
         clusters: int64 [T], cluster of each instance.
@@ -113,7 +113,9 @@ class BagModel(nn.Module, ABC):
     """A model of bags.
 
     Attributes:
-        needs: what of a :class:`BagBatch` it needs beside ``x``: of "coords", "clusters", "edges", "omics".
+        needs: what of a :class:`BagBatch` it needs beside ``x``: of "coords", "clusters", "edges", "omics"; and what
+            an instance of ``x`` must be, if not an embedding of whatever kind: "regions", grids of tile embeddings,
+            or "region embeddings", where those of tiles will not do.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

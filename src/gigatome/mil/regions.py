@@ -1,7 +1,8 @@
 """Models of slides as sets of regions: the upper levels of HIPT, and a plain transformer over regions."""
 
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast, final
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gigatome.core.errors import ConfigError
-from gigatome.encoders.hipt import load_vit4096
 from gigatome.encoders.region_vit import RegionVit, RegionVitConfig
+from gigatome.encoders.region_zoo import open_region_encoder
 from gigatome.mil.abmil import GatedAttention
 from gigatome.mil.model import BagBatch, BagModel, BagOutput
 from gigatome.mil.segments import segment_dot, segment_max, segment_pool, segment_softmax
@@ -22,25 +23,35 @@ _QUERIES = 1024  # of a long bag that attend at once, where dropout keeps PyTorc
 
 @dataclass(frozen=True)
 class HiptOptions:
-    """Options of :class:`HiptLgpFc` and :class:`HiptGpFc`; the defaults are the published ones.
+    """Options of :class:`HiptLgpFc` and :class:`HiptGpFc`; the defaults are the published ones but for ``skip_empty``.
 
     Attributes:
-        rows: rows of the grid of tiles in a region, of which an instance is a row-major list.
-        weights: the authors' checkpoint of ViT4096 to start from, a local file; None for random ones.
-        freeze: leave the region encoder as it is.
-        skip_empty: tiles whose embedding is all zeros, with which others fill regions up, are not attended to.
+        rows: rows of the grid of tiles in a region, of which an instance is a row-major list; None for a square one.
+        weights: of the region encoder to start from, whatever
+            :func:`~gigatome.encoders.region_zoo.open_region_encoder` takes; None for random ones.
+        encoder: sizes of a region encoder with random weights, but for ``input_dim``; None for those of HIPT, or of
+            ``weights``.
+        freeze: leave the region encoder as it is. :class:`HiptGpFc` on embeddings of regions by that encoder is then
+            the same model, and computes them once.
+        skip_empty: tiles whose embedding is all zeros, which are background or beyond the slide, are not attended to.
         dropout: of all layers above the region encoder, and of the attention weights among regions.
         layers: of the transformer over regions.
         heads: of its attention.
     """
 
-    rows: int = 16
+    rows: int | None = None
     weights: str | None = None
+    encoder: RegionVitConfig | None = None
     freeze: bool = False
-    skip_empty: bool = False
+    skip_empty: bool = True
     dropout: float = 0.25
     layers: int = 2
     heads: int = 3
+
+    @classmethod
+    def hipt(cls) -> Self:
+        """As the authors' code, which attends to every place of a region."""
+        return cls(skip_empty=False)
 
     @classmethod
     def pretrained(cls, weights: str) -> Self:
@@ -50,7 +61,7 @@ class HiptOptions:
 
 @dataclass(frozen=True)
 class HiptNoneOptions:
-    """Options of :class:`HiptNoneFc`; the defaults are the published ones.
+    """Options of :class:`HiptNoneFc`; the defaults are the published ones but for ``skip_empty``.
 
     Attributes:
         hidden: width of all layers.
@@ -59,8 +70,13 @@ class HiptNoneOptions:
     """
 
     hidden: int = 256
-    skip_empty: bool = False
+    skip_empty: bool = True
     dropout: float = 0.25
+
+    @classmethod
+    def hipt(cls) -> Self:
+        """As the authors' code, which attends to every place of a region."""
+        return cls(skip_empty=False)
 
 
 @dataclass(frozen=True)
@@ -126,30 +142,33 @@ class HiptLgpFc(_HiptGlobal):
     Raises:
         StoreError: the weights cannot be read.
         RunError: they are those of another model.
+        ConfigError: they are of a region encoder of other sizes.
 
-    Source: Chen et al., CVPR 2022 (HIPT), and the authors' code.
+    Source: Chen et al., CVPR 2022 (HIPT), and the authors' code; differs: places without a tile are not attended to,
+    save with :meth:`HiptOptions.hipt`.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"regions"})
+
     def __init__(self, options: HiptOptions, dim: int, outputs: int):
-        config = RegionVitConfig(input_dim=dim)
-        super().__init__(options, config.dim, outputs)
-        self.local_vit = RegionVit(config)
-        if options.weights is not None:
-            self.local_vit.load_state_dict(load_vit4096(options.weights).state_dict())
+        config = replace(options.encoder or RegionVitConfig(), input_dim=dim)
+        local_vit = RegionVit(config) if options.weights is None else _region_encoder(options, config)
+        super().__init__(options, local_vit.dim, outputs)
+        self.local_vit = local_vit
         if options.freeze:
             self.local_vit.requires_grad_(False)
 
     def forward(self, bags: BagBatch) -> BagOutput:
         """Logits [B, outputs] and attention [T, 1] of regions [T, tiles, D]."""
-        _check_regions(bags.x, self.options.rows)
+        rows = _rows(bags.x, self.options.rows)
         parts = bags.x.split(_REGIONS)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.options.freeze):
-            regions = torch.cat([self._region(part) for part in parts])
+            regions = torch.cat([self._region(part, rows) for part in parts])
         return self._aggregate(regions, bags)
 
-    def _region(self, x: Tensor) -> Tensor:
-        grids = x.mT.unflatten(2, (self.options.rows, -1))
-        mask = _present(x).unflatten(1, (self.options.rows, -1)) if self.options.skip_empty else None
+    def _region(self, x: Tensor, rows: int) -> Tensor:
+        grids = x.mT.unflatten(2, (rows, -1))
+        mask = _present(x).unflatten(1, (rows, -1)) if self.options.skip_empty else None
         return self.local_vit(grids, mask)
 
 
@@ -164,6 +183,8 @@ class HiptGpFc(_HiptGlobal):
         dim: size D of a region's embedding, a multiple of the heads.
         outputs: number of logits.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"region embeddings"})
 
     def __init__(self, options: HiptOptions, dim: int, outputs: int):
         super().__init__(options, dim, outputs)
@@ -186,8 +207,10 @@ class HiptNoneFc(BagModel):
         dim: size D of a tile's embedding.
         outputs: number of logits.
 
-    Source: Chen et al., CVPR 2022 (HIPT), table 1, and the authors' code.
+    Source: Chen et al., CVPR 2022 (HIPT), table 1, and the authors' code; differs as :class:`HiptLgpFc` does.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"regions"})
 
     def __init__(self, options: HiptNoneOptions, dim: int, outputs: int):
         super().__init__()
@@ -202,7 +225,7 @@ class HiptNoneFc(BagModel):
 
     def forward(self, bags: BagBatch) -> BagOutput:
         """Logits [B, outputs] and attention [T, 1] of regions [T, tiles, D]."""
-        _check_regions(bags.x, 1)
+        _rows(bags.x, 1)
         tiles = self.local_phi(bags.x)
         scores = self.local_attn_pool(tiles).float()
         if self.options.skip_empty:
@@ -227,7 +250,7 @@ class RegionTransformer(BagModel):
         outputs: number of logits.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"coords"})
+    needs: ClassVar[frozenset[str]] = frozenset({"coords", "region embeddings"})
 
     def __init__(self, options: RegionTransformerOptions, dim: int, outputs: int):
         super().__init__()
@@ -345,9 +368,25 @@ def _present(x: Tensor) -> Tensor:
     return (x != 0).any(2)
 
 
-def _check_regions(x: Tensor, rows: int) -> None:
-    if x.ndim != 3 or x.shape[1] % rows:
+def _region_encoder(options: HiptOptions, config: RegionVitConfig) -> RegionVit:
+    """The region encoder of ``options.weights``, which takes what ``config`` says."""
+    encoder, _ = open_region_encoder(options.weights or "")
+    wanted = replace(encoder.config, input_dim=config.input_dim) if options.encoder is None else config
+    if encoder.config != wanted:
         raise ConfigError(
-            f"this model takes regions [T, tiles, D] of {rows} rows of tiles each, not {list(x.shape)}; embeddings of "
-            "tiles are for hipt_gp_fc, region_transformer and the other models"
+            f"{options.weights}: is a region encoder of {encoder.config}, and {wanted} is wanted; leave the option "
+            "encoder out, and embed the tiles with the encoder that it was trained on"
         )
+    return encoder.train()
+
+
+def _rows(x: Tensor, rows: int | None) -> int:
+    """Rows of the grids of regions [T, tiles, D]; of a square grid if nobody says."""
+    if x.ndim == 3 and x.shape[1]:
+        found = math.isqrt(x.shape[1]) if rows is None else rows
+        if x.shape[1] % found == 0 and (rows is not None or found**2 == x.shape[1]):
+            return found
+    raise ConfigError(
+        f"this model takes regions [T, tiles, D] of {rows or 'as many'} rows of tiles"
+        f"{'' if rows else ' as columns'}, not {list(x.shape)}; embeddings of tiles are for other models"
+    )

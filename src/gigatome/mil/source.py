@@ -1,5 +1,6 @@
 """Where bags come from: a cohort's embeddings on disk, or arrays in memory; each batch is made when it is needed."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from torch import Tensor
 from gigatome.core.errors import ConfigError, EvaluationError, StoreError
 from gigatome.core.seeding import generator
 from gigatome.embeddings.bags import BagReader
+from gigatome.embeddings.region_tiles import RegionTiles
 from gigatome.mil.model import BagBatch
 from gigatome.mil.neighbours import knn_edges
 
 _NOTHING: frozenset[str] = frozenset()
+_INSTANCES = frozenset(("regions", "region embeddings"))  # needs that the model checks itself
 _GRAPH_BYTES = 1 << 30  # of edges that are kept for the next epoch
 _LLOYD_STEPS = 50
 
@@ -34,6 +37,11 @@ class BagSource(Protocol):
     @property
     def sizes(self) -> NDArray[np.int64]:
         """int64 [N], instances of each bag, each at least 1."""
+        ...
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of an instance, by which it takes memory: 1, or those of a region."""
         ...
 
     def __len__(self) -> int:
@@ -120,6 +128,7 @@ class ArrayBags:
         }
         self._omics = _groups(omics, len(bags))
         self.sizes = np.array([len(bag) for bag in bags], np.int64)
+        self.tiles = bags[0].shape[1] if bags and bags[0].ndim == 3 else 1
 
     def __len__(self) -> int:
         return len(self._bags)
@@ -132,7 +141,7 @@ class ArrayBags:
         instances: int | None = None,
     ) -> BagBatch:
         """As of :meth:`BagSource.batch`."""
-        given = {*self._extras, *(["omics"] if self._omics else [])}
+        given = {*self._extras, *(["omics"] if self._omics else []), *_INSTANCES}
         if needs - given:
             raise ConfigError(f"the model needs {_words(needs - given)} of each bag, and these bags have none")
         rows = [_drawn(int(self.sizes[bag]), instances, rng) for bag in indices]
@@ -151,7 +160,7 @@ class StoreBags:
     """Bags of the slides, or patients, of a cohort, from embeddings on disk.
 
     Args:
-        reader: of all slides.
+        reader: of all slides; :class:`~gigatome.embeddings.region_tiles.RegionTiles` gives the tiles of regions.
         slides: names of the slides of each bag, whose embeddings follow one another in it.
         names: of the bags; that of its first slide by default.
         omics: groups of values, float [N, n_k] each.
@@ -165,7 +174,7 @@ class StoreBags:
 
     def __init__(
         self,
-        reader: BagReader,
+        reader: BagReader | RegionTiles,
         slides: Sequence[Sequence[str]],
         names: Sequence[str] | None = None,
         *,
@@ -185,6 +194,7 @@ class StoreBags:
         self._slides = [np.array([places[name] for name in listed], np.int64) for listed in slides]
         self.names = tuple(listed[0] for listed in slides) if names is None else tuple(names)
         self.sizes = np.array([reader.sizes[listed].sum() for listed in self._slides], np.int64)
+        self.tiles = math.prod(reader.shape[:-1])
         self._omics = _groups(omics, len(slides))
         self._centroids = None if centroids is None else torch.from_numpy(np.asarray(centroids, np.float32))
         self._edges: OrderedDict[int, Tensor] = OrderedDict()
@@ -330,7 +340,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Embeddings one after another in float32; one float32 part as it is."""
     if len(parts) == 1:
         return parts[0].float()
-    x = torch.empty(sum(map(len, parts)), parts[0].shape[1])
+    x = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
     start = 0
     for part in parts:
         x[start : start + len(part)] = part

@@ -118,16 +118,33 @@ def model_options(name: str, overrides: Mapping[str, Any] = MappingProxyType({})
     """The options of a model, a dataclass; as :func:`model_spec`."""
     kind = _kind(name)
     options, _ = kind.load()
+    where = f"head {name}"
+    return configuration.parse(options, from_variant(options, overrides, where, start=kind.start), source=where)
+
+
+def from_variant(
+    options: type[Any], overrides: Mapping[str, Any], where: str, *, start: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The values of the published variant that ``overrides`` name under ``variant``, and theirs above them.
+
+    Args:
+        options: a dataclass, whose variants are its class methods without arguments.
+        overrides: values by name.
+        where: for the message.
+        start: values between the two.
+
+    Raises:
+        ConfigError: there is no such variant.
+    """
     given = dict(overrides)
     variant = given.pop(_VARIANT, None)
-    start = kind.start
-    if variant is not None:
-        variants = _variants(options)
-        if variant not in variants:
-            known = f"there are {', '.join(variants)}" if variants else "it has none"
-            raise ConfigError(f"head {name}: there is no variant {variant}; {known}")
-        start = {**configuration.to_dict(getattr(options, variant)()), **start}
-    return configuration.parse(options, {**start, **given}, source=f"head {name}")
+    if variant is None:
+        return {**start, **given}
+    variants = _variants(options)
+    if variant not in variants:
+        known = f"there are {', '.join(variants)}" if variants else "it has none"
+        raise ConfigError(f"{where}: there is no variant {variant}; {known}")
+    return {**configuration.to_dict(getattr(options, variant)()), **start, **given}
 
 
 def bag_model(
@@ -159,6 +176,11 @@ def build(spec: ModelSpec, *, seed: int = 0) -> BagModel:
             return made(parsed, spec.dim, spec.outputs)
         fusion = _fusion_options(spec.name, spec.late_fusion)
         return _mcat().LateFusion(fusion, made(parsed, spec.dim, fusion.hidden), spec.outputs)
+
+
+def needs_of(name: str) -> frozenset[str]:
+    """What a model needs, :attr:`BagModel.needs`; raises :class:`ConfigError` if there is no such model."""
+    return _kind(name).load()[1].needs
 
 
 def graph_of(options: Any) -> Graph | None:

@@ -14,12 +14,13 @@ from typing import Literal
 
 import numpy as np
 
-from gigatome.core.errors import CohortError, EvaluationError
+from gigatome.core.errors import CohortError, ConfigError, EvaluationError
 from gigatome.core.job import Job
 from gigatome.core.logs import Failure, Progress, log, silent, write_failures
 from gigatome.embeddings.extract import embed
 from gigatome.embeddings.store import EmbeddingStore
 from gigatome.encoders.vit import TileEncoder
+from gigatome.encoders.zoo import load_encoder
 from gigatome.evaluation.metrics import Difference
 from gigatome.evaluation.probes import LinearProbe, fit_predict
 from gigatome.evaluation.protocol import evaluate
@@ -27,8 +28,9 @@ from gigatome.evaluation.result import EvaluationResult, compare
 from gigatome.heatmaps.attention import tile_map
 from gigatome.heatmaps.render import OverlayOptions, write_overlay
 from gigatome.heatmaps.run import heatmap
-from gigatome.recipes.run import Run, build_method, train
-from gigatome.recipes.schema import Recipe
+from gigatome.recipes.data import TileData
+from gigatome.recipes.run import Run, train
+from gigatome.recipes.schema import Recipe, TileRecipe
 from gigatome.slides.check import SlideReport, check_cohort
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.slides.synthetic import SyntheticOptions, make_cohort
@@ -82,6 +84,7 @@ class MainJob:
         cohort: the slides that were used.
         target: label column that was predicted.
         checks: what was found when every slide was opened.
+        recipe: what was trained.
         run: the training.
         stores: embeddings by the encoder ``"trained"`` and by ``"random"``, its own random initialisation.
         results: by encoder and head.
@@ -95,6 +98,7 @@ class MainJob:
     cohort: Cohort
     target: str
     checks: tuple[SlideReport, ...]
+    recipe: TileRecipe
     run: Run
     stores: Mapping[str, EmbeddingStore]
     results: Mapping[tuple[str, str], EvaluationResult]
@@ -138,8 +142,11 @@ def run_main_job(
         CohortError: there is no usable slide, or no such column.
         EvaluationError: the labels do not allow an evaluation.
         RunError: ``out`` holds a run of another recipe or of other slides.
+        ConfigError: the recipe does not learn from tiles.
     """
     out, clock = Path(out), _Clock()
+    if not isinstance(recipe, TileRecipe):
+        raise ConfigError(f"the main job trains an encoder of tiles; {recipe.name} is of level {recipe.level}")
     with clock("cohort"):
         if cohort is None:
             cohort = _make_cohort(out / "cohort", synthetic or SyntheticCohort(), progress)
@@ -154,15 +161,16 @@ def run_main_job(
         run = train(recipe, cohort, out / "run", resume=begun, job=out / "job", progress=progress)
         if not run.finished:
             raise KeyboardInterrupt
-    random = build_method(recipe).teacher.encoder
+    trained, random = load_encoder(run.folder), TileData(recipe, cohort).method().teacher.encoder
     stores = {}
-    for name, encoder in {"trained": run.encoder, "random": random}.items():
+    for name, encoder in {"trained": trained, "random": random}.items():
         with clock(f"embed, {name}"):
             stores[name] = _embed(cohort, encoder, name, recipe, out / "job", progress)
     with clock("evaluate"):
         results = _evaluate(cohort, stores, target, design, out / "scores", recipe.fit.seed)
     with clock("look"):
-        looks = _look(cohort, results["trained", HEADS[0]], stores["trained"], run, out / "heatmaps", progress)
+        best = results["trained", HEADS[0]]
+        looks = _look(cohort, best, stores["trained"], recipe, trained, out / "heatmaps", progress)
     unusable = [Failure(r.name, "check", "unusable", "; ".join(r.problems)) for r in checks if not r.usable]
     failures = (*unusable, *run.failures, *stores["trained"].failures)
     write_failures(out / "failures.csv", failures)
@@ -171,6 +179,7 @@ def run_main_job(
         cohort=cohort,
         target=target,
         checks=tuple(checks),
+        recipe=recipe,
         run=run,
         stores=stores,
         results=results,
@@ -248,7 +257,7 @@ def _usable(cohort: Cohort, checks: list[SlideReport]) -> Cohort:
 
 
 def _embed(
-    cohort: Cohort, encoder: TileEncoder, name: str, recipe: Recipe, job: Path, progress: Progress
+    cohort: Cohort, encoder: TileEncoder, name: str, recipe: TileRecipe, job: Path, progress: Progress
 ) -> EmbeddingStore:
     return embed(
         cohort,
@@ -286,12 +295,18 @@ def _evaluate(
 
 
 def _look(
-    cohort: Cohort, result: EvaluationResult, store: EmbeddingStore, run: Run, out: Path, progress: Progress
+    cohort: Cohort,
+    result: EvaluationResult,
+    store: EmbeddingStore,
+    recipe: TileRecipe,
+    encoder: TileEncoder,
+    out: Path,
+    progress: Progress,
 ) -> tuple[Look, ...]:
     """Heat-maps of one slide of each class, at most four: the one that the probe is most sure of, and right."""
     looks = []
     job = Job(store.job)
-    encoder, tiles, two = run.encoder, run.recipe.tiles, len(result.classes) == 2
+    tiles, two = recipe.tiles, len(result.classes) == 2
     for index, label in enumerate(result.classes[:4]):
         name = _surest(result, index)
         shown = 1 if two else index
@@ -307,7 +322,7 @@ def _look(
                 mpp=tiles.mpp[0],
                 geojson=True,
                 mask=TissueMask.read(job.tissue(name)),
-                device=run.recipe.fit.device,
+                device=recipe.fit.device,
             )
             tile_values = tile_map(read_grid(store.tiles.coords(name)), values, channels=("probability",))
             write_overlay(picture, slide, tile_values, OverlayOptions(limits=(0, 1)))

@@ -28,7 +28,7 @@ def write_main_report(result: MainJob, path: str | Path, *, command: str) -> Pat
         KeyNumber("AUROC, random initialisation", f"{random.auroc:.3f}", _interval(random.auroc_ci)),
         KeyNumber("gain by training", f"{gain.value:+.3f}", f"{_interval(gain.ci)}, p = {gain.p:.3f}"),
     )
-    recipe = result.run.recipe
+    recipe = result.recipe
     return write_report(
         path,
         title=f"{result.target}: what the encoder learnt",
@@ -70,7 +70,7 @@ def _cohort(result: MainJob) -> Section:
 
 
 def _training(result: MainJob) -> Section:
-    recipe = result.run.recipe
+    recipe = result.recipe
     lines = (result.run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     with TileStream(

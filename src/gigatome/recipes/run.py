@@ -1,30 +1,40 @@
-"""Trains what a recipe says on the slides of a cohort."""
+"""Trains what a recipe says on the slides of a cohort, or on a store of grids or of augmented embeddings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from gigatome import config
 from gigatome.blob.store import write_atomic
-from gigatome.core.errors import RunError
-from gigatome.core.job import Job
+from gigatome.core.errors import ConfigError, RunError
 from gigatome.core.logs import Failure, Progress, log, silent, write_failures
 from gigatome.distributed import rank, world_size
+from gigatome.embeddings.augmented_stream import AugmentedStream
+from gigatome.embeddings.region_stream import RegionStream
 from gigatome.encoders.device import usable_device
+from gigatome.encoders.giga import GigaEncoder
+from gigatome.encoders.region_vit import RegionVit
+from gigatome.encoders.region_zoo import open_region_encoder
+from gigatome.encoders.slide_zoo import open_slide_encoder
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
-from gigatome.recipes.schema import Recipe
+from gigatome.recipes.data import Data, open_data
+from gigatome.recipes.schema import AnyRecipe, Recipe, RegionRecipe, SlideRecipe
 from gigatome.recipes.watch import Watch, WatchOptions
-from gigatome.selfsup.dino import Dino, DinoOptions
-from gigatome.selfsup.dinov2 import Dinov2, Dinov2Options
+from gigatome.selfsup.dino import Dino
+from gigatome.selfsup.dinov2 import Dinov2
 from gigatome.selfsup.moco import Moco, MocoOptions
-from gigatome.slides.cohort import Cohort
+from gigatome.selfsup.simclr import Simclr, SimclrOptions
 from gigatome.tiles.stream import TileStream
 from gigatome.training.launch import Control, first_process_first, launched, own_device
 from gigatome.training.loop import fit
+
+_DATA = {"tile": "slides", "region": "slides or embeddings", "slide": "slides or embeddings"}
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,24 @@ class Run:
     """
 
     folder: Path
-    recipe: Recipe
+    recipe: AnyRecipe
     step: int
     finished: bool
     failures: tuple[Failure, ...] = ()
 
     @property
-    def encoder(self) -> TileEncoder:
-        """The trained encoder (the teacher)."""
+    def encoder(self) -> TileEncoder | RegionVit | GigaEncoder:
+        """The trained encoder (the teacher, if there is one), of the recipe's level."""
+        if isinstance(self.recipe, SlideRecipe):
+            return open_slide_encoder(self.folder)[0]
+        if isinstance(self.recipe, RegionRecipe):
+            return open_region_encoder(self.folder)[0]
         return load_encoder(self.folder)
 
 
 def train(
-    recipe: Recipe,
-    data: Cohort | str | Path,
+    recipe: AnyRecipe,
+    data: Data,
     out: str | Path,
     *,
     resume: bool = False,
@@ -61,43 +75,45 @@ def train(
     watch: WatchOptions | None = None,
     progress: Progress = silent,
 ) -> Run:
-    """Trains ``recipe`` on the slides of ``data``.
+    """Trains ``recipe`` on ``data``.
 
-    Tiles are read from the slides as they are needed; nothing but tissue polygons is prepared. Where torchrun has
-    started several processes, each calls this with the same arguments, and ``out`` is a folder that all see.
+    Tiles are read from the slides as they are needed; nothing but tissue polygons is prepared. Regions are read from
+    the grids of tile embeddings that embedding with level region has written, slides from embeddings of augmented
+    tiles. Where torchrun has started several processes, each calls this with the same arguments, and ``out`` is a
+    folder that all see.
 
     Args:
         recipe: from :func:`~gigatome.recipes.schema.load_recipe`.
-        data: a cohort, or what :meth:`Cohort.read` takes.
+        data: a cohort, or what :meth:`Cohort.read` takes; for a recipe of level region a store of grids, or what
+            :meth:`EmbeddingStore.open` takes; for one of level slide a store of augmented embeddings, or what
+            :class:`gigatome.embeddings.augmented_files.AugmentedFiles` takes.
         out: run folder; must be new unless ``resume``.
         resume: go on from the newest checkpoint; the same weights result as without the interruption.
-        job: job directory with tissue polygons to reuse or to write; ``out`` by default.
+        job: job directory with tissue polygons to reuse or to write; ``out`` by default. Regions need none.
         watch: figures of the encoder every ``fit.evaluate_every`` steps and at the end, and an alarm at a collapse.
         progress: called as training goes on.
 
     Raises:
-        RunError: the folder holds a run already, or one of another recipe or other slides.
+        RunError: the folder holds a run already, or one of another recipe or other data.
         CohortError: no slide of the cohort can be used.
-        ConfigError: the device does not work, or the batch cannot be cut for so many processes.
+        StoreError: the store holds nothing that can be used.
+        ConfigError: the device does not work, the batch cannot be cut for so many processes, or the data are not of
+            the recipe's level or encoder.
     """
-    cohort, out = Cohort.read(data), Path(out)
+    out = Path(out)
+    if job is not None and recipe.level != "tile":
+        raise ConfigError(f"a recipe of level {recipe.level} needs no tissue; leave the job directory out")
+    if watch is not None and isinstance(recipe, SlideRecipe):
+        raise ConfigError("a run of level slide is not watched; its metrics.jsonl tells of accuracy and spread anyway")
     with launched(recipe.fit.device):
         usable_device(str(own_device(recipe.fit.device)))
         recipe.fit.share(world_size())
         progress = progress if rank() == 0 else silent
-        method = build_method(recipe)
+        source = open_data(recipe, data)
+        recipe, method = source.recipe, source.method()
         with first_process_first():  # it finds the tissue for all
-            _claim(out, recipe, cohort, resume)
-            stream = TileStream(
-                cohort,
-                recipe.tiles,
-                batch_size=recipe.fit.batch_size,
-                seed=recipe.fit.seed,
-                job=Job(Path(job) if job else out),
-                rank=rank(),
-                world_size=world_size(),
-                progress=progress,
-            )
+            _claim(out, recipe, source.record(), resume)
+            stream = source.stream(Path(job) if job else out, progress)
         control = Control()
         _check_slides(out, stream, control)
         run = partial(
@@ -116,7 +132,11 @@ def train(
 
 
 def _watching(
-    recipe: Recipe, method: Dino | Dinov2 | Moco, stream: TileStream, watch: WatchOptions, out: Path
+    recipe: Recipe,
+    method: Dino | Dinov2 | Moco | Simclr,
+    stream: TileStream | RegionStream | AugmentedStream,
+    watch: WatchOptions,
+    out: Path,
 ) -> Watch:
     return Watch(
         method.teacher.encoder,
@@ -126,53 +146,40 @@ def _watching(
         steps=recipe.fit.total_steps,
         seed=recipe.fit.seed,
         precision=recipe.fit.precision,
-        prototypes=None if isinstance(recipe.options, MocoOptions) else recipe.options.out_dim,
+        prototypes=None if isinstance(recipe.options, MocoOptions | SimclrOptions) else recipe.options.out_dim,
         name=recipe.name,
         config=recipe.decisive(),
     )
 
 
-def plan(recipe: Recipe, data: Cohort | str | Path) -> dict[str, object]:
-    """What :func:`train` would do, without doing it: checks the cohort, builds the networks, counts.
+def plan(recipe: AnyRecipe, data: Data) -> dict[str, object]:
+    """What :func:`train` would do, without doing it: checks the data, builds the networks, counts.
 
     Returns:
-        Slides, patients, steps, images seen, parameters of the student, and the recipe's identity.
+        Slides, patients or regions, steps, images seen, parameters of the student, and the recipe's identity.
     """
-    cohort = Cohort.read(data)
-    method = build_method(recipe)
+    source = open_data(recipe, data)
+    recipe = source.recipe
     return {
-        "slides": len(cohort),
-        "patients": len({slide.patient for slide in cohort}),
+        **source.facts(),
         "steps": recipe.fit.total_steps,
         "images": recipe.fit.total_steps * recipe.fit.batch_size,
-        "student parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "student parameters": sum(p.numel() for p in source.method().parameters() if p.requires_grad),
         "identity": recipe.identity(),
     }
 
 
-def build_method(recipe: Recipe) -> Dino | Dinov2 | Moco:
-    """The method that a recipe trains, with its initial weights."""
-    seed, name, mpp = recipe.fit.seed, recipe.name.replace("/", "-") or None, recipe.tiles.mpp
-    match recipe.options:
-        case DinoOptions() as options:
-            return Dino(recipe.encoder, options, seed=seed, name=name, mpp=mpp)
-        case Dinov2Options() as options:
-            return Dinov2(recipe.encoder, options, seed=seed, name=name, mpp=mpp)
-        case MocoOptions() as options:
-            return Moco(recipe.encoder, options, seed=seed, name=name, mpp=mpp)
-
-
-def _claim(out: Path, recipe: Recipe, cohort: Cohort, resume: bool) -> None:
+def _claim(out: Path, recipe: Recipe, data: Mapping[str, Any], resume: bool) -> None:
     """Takes a folder for this run, or makes sure that it is this run's already."""
     record = out / "run.yaml"
-    mine = {"identity": recipe.identity(), "cohort": config.digest([(s.name, s.mpp) for s in cohort])}
+    mine = {"identity": recipe.identity(), **data}
     if record.is_file():
         theirs = yaml.safe_load(record.read_text(encoding="utf-8"))
         if theirs["identity"] != mine["identity"]:
             raise RunError(f"{out} holds a run of another recipe ({', '.join(_differences(out, recipe))}); "
                            "choose another folder, or the recipe in its recipe.yaml")  # fmt: skip
         if theirs["cohort"] != mine["cohort"]:
-            raise RunError(f"{out} holds a run on other slides; choose another folder, or its cohort")
+            raise RunError(f"{out} holds a run on other {_DATA[recipe.level]}; choose another folder, or its own data")
         if not resume and ((out / "checkpoints").exists() or (out / "metrics.jsonl").exists()):
             raise RunError(f"{out} holds this run already; pass --resume to go on with it, or choose another folder")
         return
@@ -182,15 +189,15 @@ def _claim(out: Path, recipe: Recipe, cohort: Cohort, resume: bool) -> None:
     write_atomic(record, config.to_yaml(mine))
 
 
-def _check_slides(out: Path, stream: TileStream, control: Control) -> None:
-    """Makes sure that all processes draw from the same slides, so that their tiles make up the batches of the seed."""
+def _check_slides(out: Path, stream: TileStream | RegionStream | AugmentedStream, control: Control) -> None:
+    """Makes sure that all processes draw from the same slides, so that their parts make up the batches of the seed."""
     lost = control.gather(sorted({failure.slide for failure in stream.failures}))
     for number, theirs in enumerate(lost):
         if theirs != lost[0]:
             slide = sorted(set(theirs) ^ set(lost[0]))[0]
             raise RunError(
                 f"{out}: processes 0 and {number} cannot use the same slides: one has failed with {slide}; see to it "
-                "that all can read the cohort and the job directory"
+                "that all can read the data and the job directory"
             )
 
 

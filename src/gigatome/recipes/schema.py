@@ -1,26 +1,35 @@
-"""A recipe: one complete YAML that says what is trained, on which tiles, how, and what the paper reports for it."""
+"""A recipe: one complete YAML that says what is trained, on what, how, and what the paper reports for it."""
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 from gigatome import config
 from gigatome.core.errors import ConfigError
+from gigatome.embeddings.augmented_stream import AugmentedStreamOptions
+from gigatome.embeddings.region_stream import RegionStreamOptions
+from gigatome.encoders.giga import GigaConfig
+from gigatome.encoders.region_vit import RegionVitConfig
 from gigatome.encoders.vit import EncoderConfig
 from gigatome.selfsup.dino import DinoOptions
 from gigatome.selfsup.dinov2 import Dinov2Options
+from gigatome.selfsup.grid_views import GridViewOptions
 from gigatome.selfsup.moco import MocoOptions, default_views
+from gigatome.selfsup.simclr import SimclrOptions
+from gigatome.selfsup.slide_views import SlideViewOptions
 from gigatome.selfsup.views import ViewOptions
 from gigatome.tiles.stream import StreamOptions
 from gigatome.training.loop import FitOptions
 
-MethodOptions = DinoOptions | Dinov2Options | MocoOptions
+MethodOptions = DinoOptions | Dinov2Options | MocoOptions | SimclrOptions
 """Options of a method; each has a section of the method's name in a recipe."""
 
-_METHODS: dict[str, type[MethodOptions]] = {"dino": DinoOptions, "dinov2": Dinov2Options, "moco": MocoOptions}
+_METHODS: dict[str, type[MethodOptions]] = {
+    "dino": DinoOptions, "dinov2": Dinov2Options, "moco": MocoOptions, "simclr": SimclrOptions,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,9 @@ class Reported:
     measured: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that a training depends on, save the data.
+    """What recipes of all levels have: everything that a training depends on, save the data.
 
     Attributes:
         paper: where the recipe comes from.
@@ -49,16 +58,12 @@ class Recipe:
         hardware: what the paper, or we, ran it on.
         hours: how long that took; None if the source does not say.
         status: "unverified" until our own measured values stand in ``reproduces``.
-        method: the self-supervised method; the recipe has its section, ``dino``, ``dinov2`` or ``moco``, and no other.
-        level: what it sees: tiles of slides.
-        encoder: the network.
-        tiles: what is read from the slides.
+        method: the self-supervised method; the recipe has its section, and no other method's.
+        level: what it learns from.
         fit: options of the training loop.
-        dino: options of DINO.
-        dinov2: options of DINOv2.
-        moco: options of MoCo.
         reproduces: the values to reach.
         notes: deviations from the paper, one sentence each.
+        name: of a built-in recipe, or of its file.
     """
 
     paper: str
@@ -67,36 +72,27 @@ class Recipe:
     hardware: str
     hours: float | None
     status: Literal["unverified", "verified"]
-    method: Literal["dino", "dinov2", "moco"]
-    level: Literal["tile"]
-    encoder: EncoderConfig
-    tiles: StreamOptions
+    method: str
+    level: str
     fit: FitOptions
-    dino: DinoOptions | None = None
-    dinov2: Dinov2Options | None = None
-    moco: MocoOptions | None = None
     reproduces: tuple[Reported, ...] = ()
     notes: tuple[str, ...] = ()
-    name: str = field(default="", kw_only=True)
+    name: str = ""
 
     def __post_init__(self):
-        sections = [key for key in _METHODS if getattr(self, key) is not None]
+        sections = [key for key in _METHODS if getattr(self, key, None) is not None]
         if sections != [self.method]:
             raise ValueError(
                 f"method {self.method} needs a section {self.method} and no other method's; "
                 f"there is {' and '.join(sections) or 'none'} (all defaults are written {self.method}: {{}})"
             )
+        if self.fit.epoch_images is None and self.level != "slide":
+            raise ValueError(f"fit.epoch_images must be a number, as {self.level}s have no natural epoch")
         if self.fit.batch_size < 2 * self.fit.grad_accumulation:
             raise ValueError(
-                f"fit.batch_size {self.fit.batch_size} in {self.fit.grad_accumulation} parts leaves less than 2 tiles "
-                "to a part; a method needs several to tell them apart: use a larger batch_size"
+                f"fit.batch_size {self.fit.batch_size} in {self.fit.grad_accumulation} parts leaves less than 2 "
+                f"{self.level}s to a part; a method needs several to tell them apart: use a larger batch_size"
             )
-        for key, size in _view_sizes(self.options).items():
-            if size > self.tiles.tile_size:
-                raise ValueError(
-                    f"{self.method}.{key} {size} is larger than the tile of {self.tiles.tile_size} px and would only "
-                    "enlarge it; use smaller views, or a larger tiles.tile_size"
-                )
 
     @property
     def options(self) -> MethodOptions:
@@ -109,18 +105,113 @@ class Recipe:
 
     def decisive(self) -> dict[str, Any]:
         """The values that decide the trained weights, as plain nested mappings."""
+        source = _SOURCES[self.level]
         parts = {
             key: config.to_dict(getattr(self, key))
-            for key in ("method", "level", "encoder", "tiles", self.method, "fit")
+            for key in ("method", "level", "encoder", source, self.method, "fit")
         }
-        for key in ("threads", "prefetch", "open_slides", "in_flight"):
-            parts["tiles"].pop(key)
+        for key in ("threads", "prefetch", "open_slides", "in_flight", "resident"):
+            parts[source].pop(key, None)
         for key in ("save_every", "log_every", "evaluate_every", "keep", "device"):
             parts["fit"].pop(key)
         return parts
 
 
-def load_recipe(source: str | Path, assignments: Sequence[str] = ()) -> Recipe:
+@final
+@dataclass(frozen=True, kw_only=True)
+class TileRecipe(Recipe):
+    """A recipe that learns from tiles of slides.
+
+    Attributes:
+        encoder: the network.
+        tiles: what is read from the slides.
+        dino: options of DINO.
+        dinov2: options of DINOv2.
+        moco: options of MoCo.
+        simclr: options of SimCLR.
+    """
+
+    method: Literal["dino", "dinov2", "moco", "simclr"]
+    level: Literal["tile"]
+    encoder: EncoderConfig
+    tiles: StreamOptions
+    dino: DinoOptions | None = None
+    dinov2: Dinov2Options | None = None
+    moco: MocoOptions | None = None
+    simclr: SimclrOptions | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key, size in _view_sizes(self.options).items():
+            if size > self.tiles.tile_size:
+                raise ValueError(
+                    f"{self.method}.{key} {size} is larger than the tile of {self.tiles.tile_size} px and would only "
+                    "enlarge it; use smaller views, or a larger tiles.tile_size"
+                )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RegionRecipe(Recipe):
+    """A recipe that learns from regions, grids of the embeddings of tiles.
+
+    Attributes:
+        encoder: the network.
+        dino: options of DINO.
+        regions: what is read from the files of grids.
+    """
+
+    method: Literal["dino"]
+    level: Literal["region"]
+    dino: DinoOptions
+    encoder: RegionVitConfig
+    regions: RegionStreamOptions = field(default_factory=RegionStreamOptions)
+
+
+@final
+@dataclass(frozen=True)
+class SlideEncoderConfig(GigaConfig):
+    """A slide encoder, and what it starts from.
+
+    Attributes:
+        weights: of a ResNet, whose layer 4 it starts as: a file, or a tile encoder such as ``timm:resnet18.tv_in1k``;
+            None for random weights.
+    """
+
+    weights: str | None = None
+
+    @property
+    def network_config(self) -> GigaConfig:
+        """What defines the encoder."""
+        return GigaConfig(**{key.name: getattr(self, key.name) for key in fields(GigaConfig)})
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SlideRecipe(Recipe):
+    """A recipe that learns from slides, sets of the embeddings of their augmented tiles.
+
+    Attributes:
+        encoder: the network.
+        simclr: options of SimCLR.
+        slides: what is read from the augmented embeddings.
+    """
+
+    method: Literal["simclr"]
+    level: Literal["slide"]
+    simclr: SimclrOptions
+    encoder: SlideEncoderConfig
+    slides: AugmentedStreamOptions = field(default_factory=AugmentedStreamOptions)
+
+
+AnyRecipe = TileRecipe | RegionRecipe | SlideRecipe
+"""A recipe of any level."""
+
+_LEVELS: dict[str, type[AnyRecipe]] = {"tile": TileRecipe, "region": RegionRecipe, "slide": SlideRecipe}
+_SOURCES = {"tile": "tiles", "region": "regions", "slide": "slides"}
+
+
+def load_recipe(source: str | Path, assignments: Sequence[str] = ()) -> AnyRecipe:
     """Reads a recipe.
 
     Args:
@@ -135,22 +226,46 @@ def load_recipe(source: str | Path, assignments: Sequence[str] = ()) -> Recipe:
     values = config.read_yaml(path)
     for assignment in assignments:
         config.assign(values, assignment)
-    _complete_views(values)
-    values.setdefault("name", _name(path))
-    return config.parse(Recipe, values, source=str(source))
+    level = values.get("level", "tile")
+    if level not in [*_LEVELS]:
+        raise ConfigError(f"{source}: level must be {' or '.join(_LEVELS)}, not {level!r}")
+    for section in set(_SOURCES.values()) & set(values) - {_SOURCES[level]}:
+        raise ConfigError(f"{source}: a recipe of level {level} has a section {_SOURCES[level]}, not {section}")
+    where = str(source) if level == "tile" else f"{source}, level {level}"
+    _complete_views(values, level, where)
+    values.setdefault("name", recipe_name(path))
+    return config.parse(_LEVELS[level], values, source=where)
 
 
-def _complete_views(values: dict[str, Any]) -> None:
-    """Gives the views of a section, in place, their method's own values where they name none."""
+def _complete_views(values: dict[str, Any], level: str, source: str) -> None:
+    """Makes the views of each section, in place; those that it does not name are its method's own."""
     for name, kind in _METHODS.items():
         section = values.get(name)
-        if isinstance(section, dict) and isinstance(section.get("views"), dict):
+        if not isinstance(section, dict):
+            continue
+        if level == "region" or kind is SimclrOptions:
+            section.setdefault("views", {})
+        if isinstance(section.get("views"), dict):
             known = {"version": section["version"]} if name == "moco" and section.get("version") in ("v2", "v3") else {}
-            section["views"] = config.to_dict(_views(kind(**known))) | section["views"]
+            own = _own_views(level, kind(**known))
+            given = config.to_dict(own) | section["views"]
+            section["views"] = config.parse(type(own), given, source=f"{source}: {name}.views")
+
+
+def _own_views(level: str, options: MethodOptions) -> ViewOptions | GridViewOptions | SlideViewOptions:
+    """Views that a method makes at a level unless it is told otherwise."""
+    if level != "tile":
+        return GridViewOptions() if level == "region" else SlideViewOptions()
+    return default_views("v2") if isinstance(options, SimclrOptions) else _views(options)
 
 
 def _views(options: MethodOptions) -> ViewOptions:
-    return default_views(options.version) if options.views is None else options.views
+    views = options.views
+    if isinstance(options, MocoOptions) and options.views is None:
+        views = default_views(options.version)
+    if not isinstance(views, ViewOptions):
+        raise ValueError(f"views of tiles are made as ViewOptions say, not {type(views).__name__}")
+    return views
 
 
 def _view_sizes(options: MethodOptions) -> dict[str, int]:
@@ -166,35 +281,63 @@ def _view_sizes(options: MethodOptions) -> dict[str, int]:
 
 
 def recipe_names() -> list[str]:
-    """Names of the built-in recipes, sorted."""
-    return sorted(_name(path) for path in _folder().glob("*/*.yaml"))
+    """Names of the built-in recipes that train an encoder, sorted."""
+    return [name for name, path in _built_in().items() if not is_study(path)]
+
+
+def study_names() -> list[str]:
+    """Names of the built-in recipes that evaluate heads (:mod:`gigatome.recipes.studies`), sorted."""
+    return [name for name, path in _built_in().items() if is_study(path)]
+
+
+def is_study(path: Path) -> bool:
+    """Whether a recipe's file is that of a study."""
+    return "\nstudy:" in path.read_text(encoding="utf-8")
 
 
 def recipe_text(source: str | Path) -> str:
     """The recipe's YAML as it was written, comments included; raises :class:`ConfigError` if there is none."""
-    return _find(source).read_text(encoding="utf-8")
+    return recipe_path(source).read_text(encoding="utf-8")
 
 
 def recipe_header(name: str) -> dict[str, Any]:
     """The values of a recipe's YAML, unchecked: quick, for listing."""
-    return config.read_yaml(_find(name))
+    return config.read_yaml(recipe_path(name))
+
+
+def recipe_path(source: str | Path) -> Path:
+    """File of a built-in recipe, or the path of one's own; raises :class:`ConfigError` if there is none."""
+    builtin = _folder() / f"{source}.yaml"
+    if builtin.is_file():
+        return builtin
+    if Path(source).is_file():
+        return Path(source)
+    near = difflib.get_close_matches(str(source), _built_in(), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"built in: {', '.join(_built_in())}"
+    raise ConfigError(f"no recipe {source}: neither a built-in one nor a file; {hint}")
+
+
+def recipe_name(path: Path) -> str:
+    """Name of the recipe in a file: of a built-in one, or that of the file."""
+    folder = _folder()
+    return path.relative_to(folder).with_suffix("").as_posix() if path.is_relative_to(folder) else path.stem
+
+
+def _built_in() -> dict[str, Path]:
+    """Files of the built-in recipes by name, sorted."""
+    return dict(sorted((recipe_name(path), path) for path in _folder().glob("*/*.yaml")))
 
 
 def _folder() -> Path:
     return Path(str(resources.files("gigatome.recipes")))
 
 
-def _name(path: Path) -> str:
-    folder = _folder()
-    return path.relative_to(folder).with_suffix("").as_posix() if path.is_relative_to(folder) else path.stem
-
-
 def _find(source: str | Path) -> Path:
-    builtin = _folder() / f"{source}.yaml"
-    if builtin.is_file():
-        return builtin
-    if Path(source).is_file():
-        return Path(source)
-    near = difflib.get_close_matches(str(source), recipe_names(), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"built in: {', '.join(recipe_names())}"
-    raise ConfigError(f"no recipe {source}: neither a built-in one nor a file; {hint}")
+    """File of a recipe that trains."""
+    path = recipe_path(source)
+    if is_study(path):
+        raise ConfigError(
+            f"{source} is a study: it trains heads on embeddings that are there. Run "
+            f"gigatome evaluate {source} --embeddings JOB --labels CSV -o OUT"
+        )
+    return path

@@ -11,15 +11,17 @@ from typing import Any, Self, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from gigatome.core.errors import EvaluationError
+from gigatome.core.errors import ConfigError, EvaluationError
 from gigatome.core.logs import log
 from gigatome.distributed import gather, rank, world_size
+from gigatome.encoders.region_vit import RegionVit
 from gigatome.encoders.vit import TileEncoder
 from gigatome.evaluation.collapse import CollapseLimits, find_collapse
 from gigatome.evaluation.labelled import LabelledTiles, read_labelled
 from gigatome.evaluation.unsupervised import embedding_std, odcorr, rankme
+from gigatome.selfsup.grid_views import embed_grids
 from gigatome.training.method import Stream
 from gigatome.training.record import Sink
 from gigatome.training.sinks import TensorBoard, WeightsAndBiases
@@ -30,7 +32,7 @@ class WatchOptions:
     """What is watched; how often is ``fit.evaluate_every``. Nothing of it changes the weights.
 
     Attributes:
-        tiles: probe tiles, drawn once from the stream beyond the run's last batch; 0 for none.
+        tiles: probe tiles, or regions, drawn once from the stream beyond the run's last batch; 0 for none.
         labelled: folder or CSV of labelled tiles, as :func:`gigatome.evaluation.labelled.read_labelled` takes; None for
             none.
         labelled_limit: greatest number of labelled tiles, about.
@@ -80,12 +82,13 @@ class Watch:
 
     Raises:
         EvaluationError: there are no usable labelled tiles.
+        ConfigError: labelled tiles for an encoder of regions.
         MissingExtraError: a sink's package is not installed.
     """
 
     def __init__(
         self,
-        encoder: TileEncoder,
+        encoder: TileEncoder | RegionVit,
         stream: Stream,
         options: WatchOptions,
         out: str | Path,
@@ -102,6 +105,8 @@ class Watch:
         self._labelled: LabelledTiles | None = None
         self._pictures = self._probe = np.empty((0, 0, 0, 3), np.uint8)
         if options.labelled:
+            if isinstance(encoder, RegionVit):
+                raise ConfigError("labelled tiles tell nothing of an encoder of regions; watch it without them")
             self._labelled = read_labelled(options.labelled, limit=options.labelled_limit, seed=seed)
             self._pictures = _share(self._labelled, encoder.config.image_size)
         if options.tiles:
@@ -143,13 +148,13 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embeddings [N, D] of the tiles of all processes."""
-        device, size = self._encoder.mean.device, self._options.batch_size
+    def _embed(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Embeddings [N, D] of the tiles or regions of all processes."""
+        device, size = next(self._encoder.parameters()).device, self._options.batch_size
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16")
         parts = [torch.from_numpy(images[start : start + size]) for start in range(0, len(images), size)]
         with torch.no_grad(), autocast:  # inference tensors would be left in an encoder that is spread over processes
-            embeddings = torch.cat([self._encoder(self._encoder.normalise(part)).float() for part in parts])
+            embeddings = torch.cat([_encode(self._encoder, part.to(device)).float() for part in parts])
         return gather(embeddings).cpu().numpy()
 
 
@@ -165,17 +170,31 @@ def _evaluating(encoder: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _draw(stream: Stream, count: int, step: int, encoder: TileEncoder) -> NDArray[np.uint8]:
-    """The middle of ``count`` tiles, uint8 [count, side, side, 3], of the stream's batches from ``step`` on."""
-    tiles: list[NDArray[np.uint8]] = []
+def _encode(encoder: TileEncoder | RegionVit, images: Tensor) -> Tensor:
+    """Embeddings [B, D] of tiles uint8 [B, H, W, 3] or regions [B, rows, columns, D']."""
+    if isinstance(encoder, RegionVit):
+        return embed_grids(encoder, images.movedim(-1, 1))
+    return encoder(encoder.normalise(images))
+
+
+def _draw(stream: Stream, count: int, step: int, encoder: TileEncoder | RegionVit) -> NDArray[Any]:
+    """``count`` images of the stream's batches from ``step`` on: whole regions, or the middle of tiles."""
+    images: list[NDArray[Any]] = []
     for batch in stream.batches(step):
-        height, width = batch.images.shape[1:3]
-        side = min(encoder.config.image_size, height, width) // encoder.patch_size * encoder.patch_size
-        top, left = (height - side) // 2, (width - side) // 2
-        tiles.extend(batch.images[: count - len(tiles), top : top + side, left : left + side].copy())
-        if len(tiles) == count:
+        images.extend(_middle(np.asarray(batch.images[: count - len(images)]), encoder).copy())
+        if len(images) == count:
             break
-    return np.stack(tiles)
+    return np.stack(images)
+
+
+def _middle(images: NDArray[Any], encoder: TileEncoder | RegionVit) -> NDArray[Any]:
+    """What the encoder is fed of a batch of tiles; regions whole."""
+    if isinstance(encoder, RegionVit):
+        return images
+    height, width = images.shape[1:3]
+    side = min(encoder.config.image_size, height, width) // encoder.patch_size * encoder.patch_size
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[:, top : top + side, left : left + side]
 
 
 def _share(labelled: LabelledTiles, size: int) -> NDArray[np.uint8]:

@@ -65,11 +65,13 @@ class SharedBatchNorm(nn.BatchNorm1d):
         with torch.autocast(x.device.type, enabled=False):
             x32 = x.float()
             variance, mean = torch.var_mean(x32, [0, *range(2, x.ndim)], correction=0)
-            means, variances = gather_with_gradient(torch.stack([mean, variance])[None]).unbind(1)
-            mean = means.mean(0)
-            variance = (variances + (means - mean).square()).mean(0)
-            count = x.numel() // len(mean) * world_size()
-            seen = mean.detach(), variance.detach() * (count / max(1, count - 1))
+            count = torch.full_like(mean, x.numel() // len(mean))
+            means, variances, counts = gather_with_gradient(torch.stack([mean, variance, count])[None]).unbind(1)
+            count = counts.sum(0)
+            shares = counts / count  # processes may have other numbers of rows, as sparse maps do
+            mean = (means * shares).sum(0)
+            variance = ((variances + (means - mean).square()) * shares).sum(0)
+            seen = mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1))
             for value, of_all in zip(self._running(), seen, strict=True):
                 value.lerp_(of_all, self.rate)
             scale = (variance + self.eps).rsqrt() * (1 if self.weight is None else self.weight)

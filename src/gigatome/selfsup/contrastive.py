@@ -20,11 +20,16 @@ def ntxent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 
     Source: arXiv 2002.05709 (SimCLR), eq. 1.
     """
+    return ntxent_and_accuracy(first, second, temperature)[0]
+
+
+def ntxent_and_accuracy(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """As :func:`ntxent`; and the share of the vectors whose partner is the nearest of all, without gradient."""
     vectors = F.normalize(torch.cat([first, second]).float(), dim=-1)
     with torch.autocast(vectors.device.type, enabled=False):
         logits = (vectors @ vectors.T / temperature).fill_diagonal_(float("-inf"))
     rows = torch.arange(len(vectors), device=vectors.device)
-    return F.cross_entropy(logits, rows.roll(len(first)))
+    return _cross_entropy(logits, rows.roll(len(first)))
 
 
 def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

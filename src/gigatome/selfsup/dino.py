@@ -1,13 +1,14 @@
-"""DINO: a student learns to predict, from any view of a tile, what a teacher says of a larger one.
+"""DINO: a student learns to predict, from any view of a tile or region, what a teacher says of a larger one.
 
-Source: arXiv 2104.14294 (DINO); the defaults are those of its code, which HIPT and kaiko use for tiles.
+Source: arXiv 2104.14294 (DINO); the defaults are those of its code, which HIPT and kaiko use for tiles, and HIPT for
+regions.
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from gigatome.core.errors import ConfigError
 from gigatome.core.seeding import torch_seed
 from gigatome.distributed import mean_over_ranks
 from gigatome.encoders.heads import DinoHead
-from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
-from gigatome.encoders.zoo import save_encoder
+from gigatome.encoders.region_vit import RegionVitConfig
+from gigatome.encoders.vit import EncoderConfig
+from gigatome.selfsup.grid_views import GridViewOptions
+from gigatome.selfsup.levels import Level, level_of
 from gigatome.selfsup.losses import dino_loss, entropy, teacher_probabilities, update_center
-from gigatome.selfsup.views import ViewOptions, check_patches, multi_crop
+from gigatome.selfsup.views import ViewOptions
 from gigatome.training.optim import update_average
 from gigatome.training.schedules import Clock, cosine, stairs
 
@@ -29,7 +32,7 @@ class DinoOptions:
     """DINO's own options; those of the optimiser are in :class:`gigatome.training.loop.FitOptions`.
 
     Attributes:
-        views: crops and colours.
+        views: crops and colours of tiles, or crops of regions.
         out_dim: prototypes, K.
         head_layers: linear layers of the head's MLP.
         head_hidden_dim: its width.
@@ -46,7 +49,7 @@ class DinoOptions:
         center_momentum: the same for the centre, constant.
     """
 
-    views: ViewOptions = field(default_factory=ViewOptions)
+    views: ViewOptions | GridViewOptions = field(default_factory=ViewOptions)
     out_dim: int = 65536
     head_layers: int = 3
     head_hidden_dim: int = 2048
@@ -81,21 +84,21 @@ class Dino(nn.Module):
         center: float32 [1, K], moving average of the teacher's logits.
 
     Args:
-        encoder: of the tile encoder.
+        encoder: of the tile or region encoder; or a level, which says more of what is learnt from.
         options: of the method.
         seed: of the initial weights.
-        name: the encoder's name on its card; by default its timm name.
-        mpp: resolutions that it is trained at, for its card.
+        name: the encoder's name on its card, unless a level says it; by default its timm name.
+        mpp: resolutions that it is trained at, for its card, likewise.
 
     Raises:
-        ConfigError: a view does not divide into patches, or the encoder cannot be made.
+        ConfigError: the views do not fit the encoder, or it cannot be made.
     """
 
     center: Tensor
 
     def __init__(
         self,
-        encoder: EncoderConfig,
+        encoder: EncoderConfig | RegionVitConfig | Level,
         options: DinoOptions = DinoOptions(),
         *,
         seed: int = 0,
@@ -103,17 +106,17 @@ class Dino(nn.Module):
         mpp: tuple[float, ...] = (),
     ):
         super().__init__()
-        self.options, self.mpp = options, mpp
-        self.student = _branch(encoder, options, seed, name, drop_path=options.drop_path)
-        self.teacher = _branch(replace(encoder, weights=None, pretrained=False), options, seed, name, drop_path=0.0)
+        known = isinstance(encoder, EncoderConfig | RegionVitConfig)
+        self.options, self.level = options, level_of(encoder, name, mpp) if known else encoder
+        self.student = _branch(self.level, options, seed, student=True)
+        self.teacher = _branch(self.level, options, seed, student=False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         self.register_buffer("center", torch.zeros(1, options.out_dim))
         self._teacher_means: list[Tensor] = []  # of the logits, one of each micro-batch of the step
         if any(isinstance(module, nn.BatchNorm2d) for module in self.student.encoder.modules()):
-            raise ConfigError(f"DINO trains vision transformers here, not {encoder.model}; take method moco for it")
-        sizes = {"views.global_size": options.views.global_size, "views.local_size": options.views.local_size}
-        check_patches(sizes, self.student.encoder.patch_size)
+            raise ConfigError("DINO trains vision transformers here, not networks with batch norm; take method moco")
+        self.level.check(self.student.encoder, options.views)
 
     def train(self, mode: bool = True) -> "Dino":
         """Sets the student's mode; the teacher stays in evaluation."""
@@ -130,9 +133,11 @@ class Dino(nn.Module):
         return {}
 
     def views(self, images: Tensor, generator: torch.Generator, clock: Clock) -> list[Tensor]:
-        """Normalised views [B, 3, size, size] of tiles uint8 [B, H, W, 3], the two global ones first."""
-        encoder = self.student.encoder
-        return multi_crop(images, self.options.views, generator, encoder.mean, encoder.std)
+        """Views [B, channels, size, size] of tiles uint8 [B, H, W, 3] or regions float [B, rows, columns, D].
+
+        The two global ones come first. Raises :class:`RunError` if the batch is of the other level.
+        """
+        return self.level.views(self.student.encoder, images, self.options.views, generator)
 
     def loss(self, views: Sequence[Tensor], clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch of views, and what shows a collapse.
@@ -169,7 +174,7 @@ class Dino(nn.Module):
 
     def export(self, folder: Path) -> None:
         """Writes the teacher's encoder, with its card."""
-        save_encoder(self.teacher.encoder, folder, source="gigatome, DINO", mpp=self.mpp)
+        self.level.export(self.teacher.encoder, folder, "DINO")
 
     def _momentum(self, clock: Clock) -> float:
         return cosine(clock, self.options.teacher_momentum, 1.0)
@@ -187,19 +192,28 @@ class Dino(nn.Module):
 class _Branch(nn.Module):
     """An encoder with its head."""
 
-    def __init__(self, encoder: TileEncoder, head: DinoHead):
+    encoder: Any  # of the level's kind
+
+    def __init__(self, level: Level, encoder: Any, head: DinoHead):
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self._level, self.encoder, self.head = level, encoder, head
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """Logits [V, B, K] of V views [B, 3, size, size]; neighbours of one size go through the encoder together."""
+        """Logits [V, B, K] of V views [B, …, size]; neighbours of one size go through the encoder together."""
         groups = itertools.groupby(views, key=lambda view: view.shape[-1])
-        embeddings = [self.encoder(torch.cat(list(group))) for _, group in groups]
+        embeddings = [self._level.embed(self.encoder, _together(list(group))) for _, group in groups]
         return self.head(torch.cat(embeddings)).unflatten(0, (len(views), -1))
 
 
-def _branch(config: EncoderConfig, options: DinoOptions, seed: int, name: str | None, drop_path: float) -> _Branch:
-    encoder = build_encoder(config, drop_path=drop_path, seed=torch_seed(seed, "encoder"), name=name)
+def _together(views: list[Tensor]) -> Tensor:
+    """Views of one size in one batch."""
+    with torch.autocast(views[0].device.type, enabled=False):  # to bfloat16, it does not join tensors of float16
+        return torch.cat(views)
+
+
+def _branch(level: Level, options: DinoOptions, seed: int, *, student: bool) -> _Branch:
+    drop_path = options.drop_path if student else 0.0
+    encoder = level.build(drop_path=drop_path, seed=torch_seed(seed, "encoder"), initial=student)
     head = DinoHead(
         encoder.dim,
         options.out_dim,
@@ -210,4 +224,4 @@ def _branch(config: EncoderConfig, options: DinoOptions, seed: int, name: str | 
         batch_norm=options.head_batch_norm,
         norm_last_layer=options.norm_last_layer,
     )
-    return _Branch(encoder, head)
+    return _Branch(level, encoder, head)

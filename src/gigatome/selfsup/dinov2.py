@@ -20,6 +20,7 @@ from gigatome.distributed import mean_over_ranks, sum_over_ranks
 from gigatome.encoders.heads import DinoHead
 from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
 from gigatome.encoders.zoo import save_encoder
+from gigatome.selfsup.levels import tile_views
 from gigatome.selfsup.losses import (
     dino_loss,
     entropy,
@@ -31,7 +32,7 @@ from gigatome.selfsup.losses import (
     update_center,
 )
 from gigatome.selfsup.masking import MaskOptions, block_masks, masked_patches
-from gigatome.selfsup.views import ViewOptions, check_patches, multi_crop
+from gigatome.selfsup.views import ViewOptions, check_patches
 from gigatome.training.optim import update_average
 from gigatome.training.schedules import Clock, cosine
 
@@ -206,7 +207,7 @@ class Dinov2(nn.Module):
         The masks, last, are bool [B, 2, patches] on the CPU.
         """
         encoder, options = self.teacher.encoder, self._view_options(clock)
-        views = multi_crop(images, options, generator, encoder.mean, encoder.std)
+        views = tile_views(encoder, images, options, generator)
         masks = block_masks(
             2 * len(images), options.global_size // encoder.patch_size, self.options.masks, generator
         ).unflatten(0, (-1, 2))

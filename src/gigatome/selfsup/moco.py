@@ -24,7 +24,8 @@ from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
 from gigatome.encoders.zoo import save_encoder
 from gigatome.selfsup.batch_norm import share_statistics
 from gigatome.selfsup.contrastive import info_nce, info_nce_in_batch, spread
-from gigatome.selfsup.views import ViewOptions, check_patches, multi_crop
+from gigatome.selfsup.levels import tile_views
+from gigatome.selfsup.views import ViewOptions, check_patches
 from gigatome.training.optim import update_average
 from gigatome.training.schedules import Clock, cosine
 
@@ -167,7 +168,7 @@ class Moco(nn.Module):
     def views(self, images: Tensor, generator: torch.Generator, clock: Clock) -> list[Tensor]:
         """Two normalised views [B, 3, size, size] of tiles uint8 [B, H, W, 3]."""
         encoder = self.teacher.encoder
-        return multi_crop(images, self.view_options, generator, encoder.mean, encoder.std)
+        return tile_views(encoder, images, self.view_options, generator)
 
     def loss(self, views: Sequence[Tensor], clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch of two views, and what shows a collapse.

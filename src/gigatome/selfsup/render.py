@@ -45,7 +45,8 @@ class ViewDraw:
         blur: it is blurred.
         sigma: of the blur in pixels.
         solarize: bright pixels are inverted.
-        order: in which brightness (0), contrast (1), saturation (2) and hue (3) are changed.
+        order: in which brightness (0), contrast (1), saturation (2) and hue (3) are changed: of all images, or of each,
+            uint8 [B, 4].
     """
 
     x: Tensor
@@ -67,7 +68,7 @@ class ViewDraw:
     blur: Tensor
     sigma: Tensor
     solarize: Tensor
-    order: tuple[int, ...]
+    order: tuple[int, ...] | Tensor
 
 
 def render_views(
@@ -122,7 +123,7 @@ class _NativeView:
         sigma = draw.sigma * draw.blur
         amounts = (draw.brightness, draw.contrast, draw.saturation, draw.hue, draw.gray, sigma, draw.solarize)
         self.colours = _table(*amounts).numpy()
-        self.order = np.array(draw.order, np.uint8)
+        self.order = np.asarray(draw.order, np.uint8)
         self.torch_too = bool(draw.angle.any() or draw.stain.any())
         # numpy asks for large pages, torch does not
         self.out = torch.from_numpy(np.empty((len(pixels), 3, size, size), np.float32))
@@ -135,23 +136,40 @@ class _NativeView:
             changed = _turn_and_stain(crops, self.draw, self.size, part)
             if changed is not out:
                 out.copy_(changed)
-        NATIVE.recolour_views(out.numpy(), self.colours[part], self.order, self.scaling)
+        if self.order.ndim == 1:
+            NATIVE.recolour_views(out.numpy(), self.colours[part], self.order, self.scaling)
+            return
+        for view, amounts, order in zip(out.numpy(), self.colours[part], self.order[part], strict=True):
+            NATIVE.recolour_views(view[None], amounts[None], order, self.scaling)
 
 
 def _render(pixels: Tensor, draw: ViewDraw, size: int) -> Tensor:
     """One view [B, 3, size, size] of pixels float32 [B, H, W, 3] in [0, 1]."""
     x = _turn_and_stain(_crop(pixels, draw, *_canvas(draw, size)), draw, size, slice(None))
+    x = _recolour(x, draw)
+    x = _change(x, draw.gray, colours.luma)
+    x = _change(x, draw.blur, lambda chosen: colours.blur(chosen, draw.sigma[draw.blur]))
+    return _change(x, draw.solarize, colours.solarize)
+
+
+def _recolour(x: Tensor, draw: ViewDraw) -> Tensor:
+    """Changes brightness, contrast, saturation and hue in the order drawn."""
     recolour = (
         (colours.brightness, draw.brightness),
         (colours.contrast, draw.contrast),
         (colours.saturation, draw.saturation),
         (colours.hue, draw.hue),
     )
-    for change, amount in (recolour[position] for position in draw.order):
-        x = change(x, amount.to(x.device, non_blocking=True)[:, None, None, None])
-    x = _change(x, draw.gray, colours.luma)
-    x = _change(x, draw.blur, lambda chosen: colours.blur(chosen, draw.sigma[draw.blur]))
-    return _change(x, draw.solarize, colours.solarize)
+    if not isinstance(draw.order, Tensor):
+        for change, amount in (recolour[position] for position in draw.order):
+            x = change(x, amount.to(x.device, non_blocking=True)[:, None, None, None])
+        return x
+    for place in draw.order.unbind(1):
+        for position, (change, amount) in enumerate(recolour):
+            chosen = place == position
+            factor = amount[chosen].to(x.device, non_blocking=True)[:, None, None, None]
+            x = _change(x, chosen, lambda images, change=change, factor=factor: change(images, factor))
+    return x
 
 
 def _table(*columns: Tensor) -> Tensor:

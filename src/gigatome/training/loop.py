@@ -90,7 +90,7 @@ def fit(
 
     Args:
         method: what to learn; trained in place.
-        stream: of this process's tiles, in batches of ``options.batch_size`` / processes.
+        stream: of what this process learns from, in batches of ``options.batch_size`` / processes.
         options: of the run.
         out: folder of the run.
         resume: go on from the last checkpoint in ``out``; a run that is complete returns at once.
@@ -141,7 +141,7 @@ def fit(
         for step in range(first, steps):
             clock = Clock(step, steps, options.epoch_steps)
             seed_all(torch_seed(options.seed, "model", step, rank()))
-            lr = cosine(clock, lr_peak, options.min_lr, warmup_steps=options.warmup_steps)
+            lr = cosine(clock, lr_peak, options.min_lr, warmup_steps=options.warmup)
             weight_decay = cosine(clock, options.weight_decay, options.weight_decay_end)
             set_rates(optimizer, lr, weight_decay)
 
@@ -231,14 +231,14 @@ def _restore(last: checkpoints.Checkpoint, method: Method, stream: Stream) -> No
 def _next_images(batches: Iterator[Batch], share: int, step: int) -> Tensor:
     batch = next(batches, None)
     if batch is None:
-        raise RunError(f"the stream of tiles has ended at step {step}; it must be endless")
+        raise RunError(f"the stream has ended at step {step}; it must be endless")
     images = batch.images
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[0] != share or images.shape[3] != 3:
+    if len(images) != share:
         raise RunError(
-            f"step {step}: the stream gives {images.dtype} {list(images.shape)}, "
-            f"the run needs uint8 [{share}, H, W, 3]; make both with one batch size"
+            f"step {step}: the stream gives {images.dtype} {list(images.shape)}, the run needs [{share}, …]; "
+            "make both with one batch size"
         )
-    return torch.from_numpy(np.require(images, requirements=["C", "W"]))
+    return images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
 
 
 def _export(method: Method, folder: Path) -> None:

@@ -1,4 +1,8 @@
-"""What the training loop asks of a method and of a stream of tiles."""
+"""What the training loop asks of a method and of a stream.
+
+The loop hands a stream's batches to the method as they are: whether they are of the level that the method learns from
+is for the method to see.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +19,12 @@ class Batch(Protocol):
     """What a stream gives for one step."""
 
     @property
-    def images(self) -> np.ndarray:
-        """Tiles, uint8 [B, H, W, 3]."""
+    def images(self) -> np.ndarray | Tensor:
+        """What is learnt from: an array, or a tensor that may be on the device already.
+
+        Tiles, uint8 [B, H, W, 3]; regions, float16 or float32 [B, rows, columns, D] of tile embeddings; or slides,
+        float32 [B, 2, T, D + 2], two draws of T tiles with their embeddings and places.
+        """
         ...
 
 
@@ -37,10 +45,17 @@ class Stream(Protocol):
 
 
 class Method(Protocol):
-    """What is learnt: an ``nn.Module`` that turns tiles into views and views into a loss."""
+    """What is learnt: an ``nn.Module`` that turns images into views and views into a loss."""
 
     def views(self, images: Tensor, generator: torch.Generator, clock: Clock) -> list[Tensor]:
-        """Views [B, …] of tiles uint8 [B, H, W, 3]; all randomness from ``generator``, which is on the CPU."""
+        """Views [B, …] of the :attr:`Batch.images` of a batch.
+
+        Which part of them a view shows is drawn from ``generator``, which is on the CPU; the rest may come from
+        PyTorch's global generators, which the loop seeds at each step.
+
+        Raises:
+            RunError: the stream gives something else than the method learns from.
+        """
         ...
 
     def trained(self) -> nn.Module:

@@ -1,6 +1,6 @@
 """How a run is optimised, saved and logged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gigatome.core.errors import ConfigError
@@ -16,13 +16,15 @@ class FitOptions:
     Attributes:
         steps: length of the run; give this or ``epochs``.
         epochs: length of the run in epochs of ``epoch_images``.
-        epoch_images: tiles that count as an epoch, as an online stream has no natural one (kaiko, section IV-C).
+        epoch_images: tiles that count as an epoch, as an online stream has no natural one (kaiko, section IV-C); null
+            in a recipe of level slide for all slides that there are.
         batch_size: tiles of a step, of all processes together.
         grad_accumulation: parts that a batch is cut into, in each process; the gradient is that of the whole.
         lr: base learning rate, before ``lr_scaling``.
         lr_scaling: ``"linear"`` lr × batch / 256, ``"sqrt"`` lr × √(batch / 1024), or ``"none"``.
         min_lr: at the end of the cosine; not scaled.
         warmup_steps: in which the learning rate rises from 0.
+        warmup_epochs: the same in epochs, in place of ``warmup_steps``.
         weight_decay: at the start.
         weight_decay_end: at the end of its cosine.
         optimizer: ``"adamw"``, ``"adam"`` (decay joins the gradient), ``"sgd"`` or ``"lars"``.
@@ -42,13 +44,14 @@ class FitOptions:
 
     steps: int | None = None
     epochs: float | None = None
-    epoch_images: int = 1_280_000
+    epoch_images: int | None = 1_280_000
     batch_size: int = 256
     grad_accumulation: int = 1
     lr: float = 5e-4
     lr_scaling: LrScaling = "linear"
     min_lr: float = 1e-6
     warmup_steps: int = 0
+    warmup_epochs: float | None = None
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
     optimizer: OptimizerName = "adamw"
@@ -70,14 +73,18 @@ class FitOptions:
             raise ValueError("give either steps or epochs")
         positive = ("epoch_images", "batch_size", "grad_accumulation", "save_every", "keep", "log_every")
         for name in positive:
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
         if not 0 <= self.momentum < 1:
             raise ValueError("momentum must be at least 0 and less than 1")
-        if self.total_steps < 1:
-            raise ValueError("the run must have at least one step")
-        if not 0 <= self.warmup_steps < self.total_steps:
-            raise ValueError(f"warmup_steps must be less than the run's {self.total_steps} steps")
+        if self.warmup_steps and self.warmup_epochs is not None:
+            raise ValueError("give either warmup_steps or warmup_epochs")
+        if self.epoch_images is not None:
+            if self.total_steps < 1:
+                raise ValueError("the run must have at least one step")
+            if not 0 <= self.warmup < self.total_steps:
+                name = "warmup_steps" if self.warmup_epochs is None else f"the {self.warmup} steps of warmup_epochs"
+                raise ValueError(f"{name} must be less than the run's {self.total_steps} steps")
         if self.batch_size % self.grad_accumulation:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of grad_accumulation")
 
@@ -94,12 +101,32 @@ class FitOptions:
             )
         return self.batch_size // processes
 
+    def of_epoch(self, images: int) -> "FitOptions":
+        """These options with an epoch of so many images, unless they say how many.
+
+        Raises:
+            ConfigError: the run is too short for its warm-up then.
+        """
+        if self.epoch_images is not None:
+            return self
+        try:
+            return replace(self, epoch_images=images)
+        except ValueError as error:
+            raise ConfigError(f"fit: with epochs of {images} images, {error}") from error
+
     @property
     def epoch_steps(self) -> int:
         """Steps of an epoch."""
+        if self.epoch_images is None:
+            raise ConfigError("fit.epoch_images is null, which only a recipe of level slide fills in; give a number")
         return max(1, self.epoch_images // self.batch_size)
 
     @property
     def total_steps(self) -> int:
         """Steps of the run."""
         return self.steps if self.steps is not None else round((self.epochs or 0) * self.epoch_steps)
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+        return self.warmup_steps if self.warmup_epochs is None else round(self.warmup_epochs * self.epoch_steps)

@@ -1,0 +1,230 @@
+"""Slide encoders on disk, with the tile encoder whose embeddings they take.
+
+A folder holds ``encoder.safetensors``, ``encoder.json``, the card, and, where its tile encoder was at hand, that
+encoder's own folder as ``tile/``; so one path is enough to go from pixels to slides.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gigatome import config as configuration
+from gigatome.blob.store import atomic_path, write_atomic
+from gigatome.core.errors import ConfigError, RunError, StoreError
+from gigatome.core.logs import log
+from gigatome.encoders.giga import GigaConfig, GigaEncoder, build_giga, from_resnet, load_gigassl
+from gigatome.encoders.vit import TileEncoder
+from gigatome.encoders.weights import load_weights, read_weights
+from gigatome.encoders.zoo import load_encoder, save_encoder
+
+_WEIGHTS, _CARD, _TILE = "encoder.safetensors", "encoder.json", "tile"
+_TRAINED = "student.encoder."  # in a checkpoint
+
+Frame = Literal["tile", "authors_training", "authors_inference"]
+"""What the places of tiles count. ``"tile"``: the column and row in the slide's grid, so that neighbours are 1 apart
+whatever the scanner. Giga-SSL's authors divide level-0 pixels by 224 in training and by 896 at inference, without
+rounding: at 10× of a slide scanned at 40×, neighbours are 4 apart in the one and 1 in the other."""
+
+
+_AUTHORS_SIDES = {"authors_training": 224.0, "authors_inference": 896.0}
+
+
+def frame_places(coords: NDArray[np.int64], sides: float | NDArray[np.float64], frame: Frame) -> NDArray[np.float64]:
+    """Places […, 2] of tiles in a frame.
+
+    Args:
+        coords: int64 […, 2], (x, y) in level-0 pixels.
+        sides: steps from a tile to its neighbour in level-0 pixels, to be broadcast.
+        frame: what places count.
+    """
+    return np.rint(coords / sides) if frame == "tile" else coords / _AUTHORS_SIDES[frame]
+
+
+@dataclass(frozen=True)
+class SlideCard:
+    """What one must know to use a slide encoder.
+
+    Attributes:
+        name: short name.
+        config: architecture.
+        source: where the weights come from.
+        licence: terms of the weights; empty for one's own.
+        tile_encoder: name of the encoder whose embeddings it takes; empty if that is not known.
+        tile_weights: hash of that encoder's weights; likewise.
+        tile_size: side of a tile in pixels.
+        mpp: of the tiles, µm per pixel.
+        tiles: of a view in training, T; a view at inference should have as many.
+        frame: of the places that it was trained on.
+    """
+
+    name: str
+    config: GigaConfig
+    source: str = ""
+    licence: str = ""
+    tile_encoder: str = ""
+    tile_weights: str = ""
+    tile_size: int = 256
+    mpp: float = 1.0
+    tiles: int = 5
+    frame: Frame = "tile"
+
+    def check_tiles(self, encoder: str, weights: str, dim: int, where: object) -> None:
+        """Raises :class:`ConfigError` if embeddings by ``encoder`` are not what the slide encoder takes.
+
+        Args:
+            encoder: name of the tile encoder.
+            weights: hash of its weights; "" if not known.
+            dim: size of its embeddings.
+            where: what holds the embeddings, for the message.
+        """
+        if dim != self.config.input_dim:
+            raise ConfigError(
+                f"{where}: embeddings of {dim} numbers by {encoder}; {self.name} takes {self.config.input_dim}"
+                + (f" by {self.tile_encoder}" if self.tile_encoder else "")
+            )
+        if self.tile_weights and weights and weights != self.tile_weights:
+            raise ConfigError(
+                f"{where}: embeddings by {encoder} (weights {weights}); {self.name} was trained on those by "
+                f"{self.tile_encoder} (weights {self.tile_weights}). Embed the tiles with that encoder"
+            )
+
+
+def new_slide_encoder(config: GigaConfig, weights: str | None, seed: int) -> GigaEncoder:
+    """A slide encoder to be trained, in training mode, on the CPU.
+
+    Args:
+        config: what to make.
+        weights: a file of weights of a ResNet, or what :func:`gigatome.encoders.zoo.load_encoder` takes, such as
+            ``timm:resnet18.tv_in1k``: it starts as that ResNet's layer 4. None for random weights.
+        seed: of random weights.
+
+    Raises:
+        StoreError: the weights cannot be found or read.
+        RunError: they are of another network.
+    """
+    if weights is None:
+        return build_giga(config, seed)
+    found = read_weights(weights) if Path(weights).is_file() else load_encoder(weights).vit.state_dict()
+    return from_resnet(found, config, source=weights)
+
+
+def save_slide_encoder(
+    encoder: GigaEncoder, folder: str | Path, card: SlideCard, *, tile: TileEncoder | None = None
+) -> None:
+    """Writes a slide encoder, its card, and the tile encoder if there is one, into ``folder``."""
+    folder = Path(folder)
+    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    if tile is not None:
+        save_encoder(tile, folder / _TILE)
+    with atomic_path(folder / _WEIGHTS) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    content = {"level": "slide", "card": configuration.to_dict(card), "digest": slide_digest(encoder)}
+    write_atomic(folder / _CARD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def open_slide_encoder(spec: str | Path) -> tuple[GigaEncoder, SlideCard]:
+    """A slide encoder in evaluation mode, on the CPU, and its card.
+
+    Args:
+        spec: a run folder of ``gigatome train`` with a recipe of level slide, also of a run that has not finished;
+            the folder of a slide encoder; or a checkpoint of Giga-SSL's authors, which are used as at their inference.
+
+    Raises:
+        StoreError: there is nothing at ``spec``, or it cannot be read.
+        RunError: it is no slide encoder.
+    """
+    path = Path(spec)
+    if path.is_file():
+        encoder = load_gigassl(path)
+        authors = {"tile_size": 224, "mpp": 1.0, "tiles": 5, "frame": "authors_inference"}
+        return encoder, SlideCard(path.stem, encoder.config, source=path.name, **authors)
+    if not path.is_dir():
+        raise StoreError(f"{spec}: no such slide encoder; give a run folder, the folder of one, or a file of weights")
+    folder = next((folder for folder in (path, path / "encoder") if (folder / _CARD).is_file()), None)
+    return _read_folder(folder) if folder else _read_unfinished(path)
+
+
+def tile_encoder_of(spec: str | Path) -> TileEncoder | None:
+    """The tile encoder that is kept with the slide encoder at ``spec``; None if there is none."""
+    kept = (folder / _TILE for folder in (Path(spec), Path(spec) / "encoder"))
+    found = next((folder for folder in kept if (folder / _CARD).is_file()), None)
+    return None if found is None else load_encoder(found)
+
+
+def slide_digest(encoder: GigaEncoder) -> str:
+    """Hash of all that decides a slide's embedding, given those of its tiles: 16 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(asdict(encoder.config), sort_keys=True).encode())
+    for key, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def slide_weights(encoder: GigaEncoder, tile_weights: str) -> str:
+    """Hash of all that decides a slide's embedding, the tile encoder's hash included: 16 hexadecimal digits."""
+    return hashlib.sha256(f"{slide_digest(encoder)} {tile_weights}".encode()).hexdigest()[:16]
+
+
+def slide_name(encoder: GigaEncoder, card: SlideCard, tile_weights: str) -> str:
+    """Name for files and folders that no pair of tile and slide encoder with other weights has."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", card.name).strip("-")
+    return f"{name}-{slide_weights(encoder, tile_weights)[:8]}"
+
+
+def _read_folder(folder: Path) -> tuple[GigaEncoder, SlideCard]:
+    try:
+        content = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+        if content.get("level") != "slide":
+            raise RunError(
+                f"{folder}: is the encoder of {content.get('level', 'tile')}s, not of slides; give the run of a recipe "
+                "of level slide"
+            )
+        card = configuration.parse(SlideCard, content["card"], source=str(folder / _CARD))
+        weights = load_file(folder / _WEIGHTS)
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError, ConfigError) as error:
+        raise RunError(f"{folder}: cannot be read as a slide encoder: {error}") from error
+    encoder = _restore(card.config, weights, str(folder / _WEIGHTS))
+    if slide_digest(encoder) != content["digest"]:
+        raise RunError(f"{folder}: {_WEIGHTS} and {_CARD} do not belong together; write the encoder again")
+    return encoder, card
+
+
+def _read_unfinished(run: Path) -> tuple[GigaEncoder, SlideCard]:
+    """The encoder in the last checkpoint of a run that has not written its own yet."""
+    steps = sorted(run.glob("checkpoints/step-*/model.safetensors"), key=lambda path: (len(path.parent.name), path))
+    if not steps or not (run / "recipe.yaml").is_file():
+        raise RunError(f"{run}: is neither the folder of a slide encoder nor a run with a checkpoint")
+    recipe = configuration.read_yaml(run / "recipe.yaml")
+    if recipe.get("level") != "slide":
+        raise RunError(
+            f"{run}: trains an encoder of {recipe.get('level', 'tile')}s, not of slides; give the run of a recipe of "
+            "level slide"
+        )
+    record = run / "run.yaml"
+    card = configuration.parse(SlideCard, configuration.read_yaml(record).get("card", {}), source=str(record))
+    log.warning("%s: the run has not finished; taking the encoder at %s", run, steps[-1].parent.name)
+    try:
+        state = load_file(steps[-1])
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{steps[-1]}: cannot be read as weights: {error}") from error
+    weights = {key.removeprefix(_TRAINED): value for key, value in state.items() if key.startswith(_TRAINED)}
+    encoder = _restore(card.config, weights, str(steps[-1]))
+    return encoder, replace(card, source=f"gigatome, {steps[-1].parent.name} of an unfinished run")
+
+
+def _restore(config: GigaConfig, weights: Mapping[str, Tensor], source: str) -> GigaEncoder:
+    with torch.device("meta"):
+        encoder = GigaEncoder(config)
+    load_weights(encoder, weights, source=source)
+    return encoder.to(memory_format=torch.channels_last).eval()
