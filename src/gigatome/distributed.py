@@ -8,7 +8,7 @@ all processes, which data-parallel training takes anyway, is therefore the gradi
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, final
@@ -20,6 +20,7 @@ from torch import Tensor
 from gigatome.core.errors import ConfigError, RunError
 
 _TIMEOUT = timedelta(minutes=10)  # in which one process of a sequence waits for another before it gives the run up
+_LOOK = timedelta(seconds=1)  # after which a process that waits looks whether another has failed
 _ROLL_CALL = timedelta(seconds=5)  # in which processes say that they are still there after a failure
 
 
@@ -113,13 +114,14 @@ def sequence_group(size: int, *, timeout: timedelta = _TIMEOUT) -> SequenceGroup
     if size < 1 or world_size() % size:
         raise ConfigError(f"sequences of {size} parts need a multiple of {size} processes, not {world_size()}")
     sequences = world_size() // size
-    groups = [
-        dist.new_group(list(range(first, first + size)), timeout=timeout)
-        for first in range(0, world_size(), size)
-        if size > 1
-    ]
     sequence, place = divmod(rank(), size)
-    return SequenceGroup(size, place, sequences, sequence, groups[sequence] if groups else None)
+    if size == 1:
+        return SequenceGroup(sequences=sequences, sequence=sequence)
+    own = None
+    for first in range(0, world_size(), size):  # every process makes the groups of all
+        made = dist.new_group(list(range(first, first + size)), timeout=timeout)
+        own = made if isinstance(made, dist.ProcessGroup) else own
+    return SequenceGroup(size, place, sequences, sequence, own)
 
 
 def sum_over_sequence(value: Tensor, group: SequenceGroup) -> Tensor:
@@ -146,12 +148,11 @@ class Exchange:
         self._sent = torch.cat(list(sent))
         self._received = self._sent.new_empty(sum(sizes))
         width = self._sent.element_size()
-        with _naming_the_missing(group):
-            self._work = dist.all_to_all_single(
-                self._received.view(torch.uint8), self._sent.view(torch.uint8),  # as not every type can be sent
-                [size * width for size in sizes], [len(part) * width for part in sent],
-                group=group.processes, async_op=True,
-            )  # fmt: skip
+        self._work = dist.all_to_all_single(
+            self._received.view(torch.uint8), self._sent.view(torch.uint8),  # as not every type can be sent
+            [size * width for size in sizes], [len(part) * width for part in sent],
+            group=group.processes, async_op=True,
+        )  # fmt: skip
 
     def received(self) -> tuple[Tensor, ...]:
         """What came from each process, flat.
@@ -159,9 +160,7 @@ class Exchange:
         Raises:
             RunError: a process does not answer; the message names it.
         """
-        assert self._work is not None  # noqa: S101 - as it was asked for
-        with _naming_the_missing(self._group):
-            self._work.wait()
+        _wait(self._work, self._received, self._group)
         return self._received.split(self._sizes)
 
 
@@ -171,8 +170,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, group: SequenceGroup) -> Tensor:
         ctx.group = group
         total = value.detach().clone(memory_format=torch.contiguous_format)
-        with _naming_the_missing(group):
-            dist.all_reduce(total, group=group.processes)
+        _wait(dist.all_reduce(total, group=group.processes, async_op=True), total, group)
         return total
 
     @staticmethod
@@ -180,29 +178,44 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(gradients[0], ctx.group), None  # pyright: ignore[reportReturnType]
 
 
-@contextlib.contextmanager
-def _naming_the_missing(group: SequenceGroup) -> Iterator[None]:
-    """An error of the network in the block becomes one that says which processes are gone."""
+def _wait(work: dist.Work | None, result: Tensor, group: SequenceGroup) -> None:
+    """Waits for what the processes of a sequence do together.
+
+    Raises:
+        RunError: one of them is gone.
+    """
+    assert work is not None and group.processes is not None  # noqa: S101, PT018 - as it was asked for
     try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
+        if result.is_cuda:  # the device waits, and PyTorch's watchdog looks after it
+            work.wait()
+        else:
+            while not _completed(work, group.processes):
+                pass
     except RuntimeError as error:
-        raise RunError(f"{_missing(group)}; this process stops too, and the last checkpoint stands") from error
+        raise RunError(f"{_missing(group, group.processes)}; the run stops, and its last checkpoint stands") from error
 
 
-def _missing(group: SequenceGroup) -> str:
-    """Which processes of a sequence do not say that they are there, as the others do when they fail together."""
-    assert group.processes is not None  # noqa: S101 - a process that is alone does not wait for others
-    members = dist.get_process_group_ranks(group.processes)
+def _completed(work: dist.Work, processes: dist.ProcessGroup) -> bool:
+    """Waits for a moment; raises RuntimeError if the work has failed here or in another process."""
     try:
-        store = group.processes.get_group_store()
+        return work.wait(_LOOK)
+    except RuntimeError:
+        if work.is_completed() or processes.get_group_store().check(["failed"]):
+            raise
+        return False
+
+
+def _missing(group: SequenceGroup, processes: dist.ProcessGroup) -> str:
+    """Which processes of a sequence do not say that they are there, as the others do when they fail together."""
+    members, store = dist.get_process_group_ranks(processes), processes.get_group_store()
+    try:
+        store.set("failed", "")
         store.set(f"there/{rank()}", "")
         with contextlib.suppress(RuntimeError):  # as not all of them come
             store.wait([f"there/{member}" for member in members], _ROLL_CALL)
         missing = [str(member) for member in members if not store.check([f"there/{member}"])]
     except RuntimeError:
-        return "process 0, or the launcher, does not answer any more"
+        return "process 0 or the launcher, through which the others find each other, does not answer any more"
     if not missing:
-        return f"processes {', '.join(map(str, members))} lost each other, though all are there"
+        return f"the {group.size} processes of a sequence lost each other, though all are there"
     return f"process {', '.join(missing)} of {world_size()} does not answer any more"

@@ -20,7 +20,7 @@ from gigatome.encoders.region_zoo import (
     tile_encoder_of,
 )
 from gigatome.encoders.vit import EncoderConfig, build_encoder
-from gigatome.encoders.zoo import encoder_digest, save_encoder
+from gigatome.encoders.zoo import encoder_digest, load_encoder, save_encoder
 
 CONFIG = RegionVitConfig(input_dim=8, dim=12, depth=2, heads=2, grid=4, dropout=0.1)
 CARD = RegionCard("mine v2", CONFIG, "a test", "own", "tile-0123", "0123456789abcdef", 128, 1.0, 6)
@@ -88,6 +88,12 @@ def test_an_unfinished_run_gives_its_last_teacher(tmp_path):
     assert card == replace(CARD, source="gigatome, step-00000010 of an unfinished run")
     assert region_digest(encoder) == region_digest(last)
     assert tile_encoder_of(tmp_path) is None
+
+
+def test_a_region_encoder_is_no_tile_encoder(tmp_path, tile):
+    save_region_encoder(RegionVit(CONFIG), tmp_path / "run" / "encoder", RegionCard("regions", CONFIG), tile=tile)
+    with pytest.raises(RunError, match=r"is an encoder of regions, not of tiles; that of its tiles is .*tile"):
+        load_encoder(tmp_path / "run")
 
 
 def test_what_is_no_region_encoder_is_refused(tmp_path, tile):

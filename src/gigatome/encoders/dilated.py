@@ -190,6 +190,11 @@ class Part:
         return batch.unflatten(1, (self.groups, self.members)).unflatten(0, (-1, self.segments))
 
 
+def tokens_at_once(heads: int) -> int:
+    """Of a sequence, in a part of several segments."""
+    return _ROWS // heads
+
+
 def whole_parts(options: DilatedOptions, tokens: int, own: range) -> Iterator[Part]:
     """The parts of attention over those segments of a sequence that lie in ``own`` wholly.
 
@@ -200,7 +205,7 @@ def whole_parts(options: DilatedOptions, tokens: int, own: range) -> Iterator[Pa
         tokens: of the sequence.
         own: the tokens at hand, which the parts count from.
     """
-    most = _ROWS // options.heads
+    most = tokens_at_once(options.heads)
     for segment, ratio in zip(options.segments, options.ratios, strict=True):
         segment = min(segment, tokens)
         for start, segments, length in _pieces(segment, tokens, own, most):

@@ -98,7 +98,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=exact, device=q.device)
     q, k, v, flat_out, flat_lse = (x.flatten(0, 1) for x in (q, k, v, out, lse))
-    for places, rows in _blocks(*q.shape[:2], k.shape[1]):
+    for places, rows in _blocks(len(q), q.shape[1], k.shape[1]):
         scores = _scores(q[places, rows], k[places], exact)
         total = scores.logsumexp(-1, keepdim=True)
         flat_out[places, rows] = (scores.sub_(total).exp_() @ v[places].to(exact)).to(out.dtype)
@@ -111,7 +111,7 @@ def _products_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     found = Gradients(*(torch.zeros(x.shape, dtype=exact, device=q.device) for x in (q, k, v)))
     dq, dk, dv = (x.flatten(0, 1) for x in found)
     grad, q, k, v, out, lse = (x.flatten(0, 1) for x in (grad, q, k, v, out, lse))
-    for places, rows in _blocks(*q.shape[:2], k.shape[1]):
+    for places, rows in _blocks(len(q), q.shape[1], k.shape[1]):
         own_grad, own_q = grad[places, rows].to(exact), q[places, rows]
         weights = _scores(own_q, k[places], exact).sub_(lse[places, rows, None]).exp_()
         dv[places] += weights.mT @ own_grad

@@ -10,6 +10,7 @@ processes that share a segment exchange its keys, and segments may be cut anywhe
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from math import prod
 from typing import Any, final
 
@@ -53,8 +54,8 @@ class Share:
     def __post_init__(self):
         if self.count < self.group.size:
             raise ConfigError(
-                f"a sequence of {self.count} parts cannot be shared by {self.group.size} processes; start fewer of them "
-                f"for a sequence, or pad it to {self.group.size}"
+                f"a sequence of {self.count} rows or tokens cannot be shared by {self.group.size} processes; give it "
+                f"fewer processes, or pad it to {self.group.size}"
             )
 
     @property
@@ -103,8 +104,8 @@ def shared_dilated_attention(
         raise ConfigError(f"queries of {q.shape[2]} heads, but dilated attention is set for {options.heads}")
     if q.shape[1] != len(share.own):
         raise ConfigError(
-            f"process {share.group.rank} of {share.group.size} holds {len(share.own)} of {share.tokens} tokens, but was "
-            f"given {q.shape[1]}"
+            f"process {share.group.rank} of {share.group.size} holds {len(share.own)} of {share.tokens} tokens, but "
+            f"was given {q.shape[1]}"
         )
     return _Shared.apply(q, k, v, options, share)  # pyright: ignore[reportReturnType]
 
@@ -165,23 +166,22 @@ class _Branch:
         self._back: dict[int, list[Tensor]] = {number: [] for number in range(group.size)}
         sent = [k.new_empty(0)] * group.size
         for segment, own in zip(segments, self._own, strict=True):
-            for number in segment.holders:
-                sent[number] = own if number != group.rank else sent[number]
+            sent[segment.holders.start : segment.holders.stop] = [own] * len(segment.holders)
+        sent[group.rank] = k.new_empty(0)
         self._travelling = Exchange(sent, [self._numbers(number, number) for number in range(group.size)], group)
 
-    def fetched(self) -> Iterator[tuple[Part, Tensor, Tensor]]:
-        """Parts, and all keys and values that their queries see; :meth:`give` answers each, if there is a gradient."""
+    def fetched(self) -> Iterator[tuple[range, Part, Tensor, Tensor]]:
+        """The holders of each part, the part, and all keys and values that its queries see."""
         received = self._travelling.received()
         for segment, own in zip(self._segments, self._own, strict=True):
             flats = [own if number == self._group.rank else received[number] for number in segment.holders]
-            pieces = [self._unpacked(flat, segment, number) for flat, number in zip(flats, segment.holders, strict=True)]
+            pieces = map(self._unpacked, flats, repeat(segment), segment.holders)
             for part, *pairs in zip(segment.parts, *pieces, strict=True):
                 keys, values = (torch.cat(tensors, 2) for tensors in zip(*pairs, strict=True))
-                yield part, keys, values
+                yield segment.holders, part, keys, values
 
-    def give(self, part: Part, gradient: Tensor, total: Tensor) -> None:
-        """Adds a gradient of the keys or values of a part to the ``total`` of one's own, and keeps the others'."""
-        holders = next(segment.holders for segment in self._segments if part in segment.parts)
+    def give(self, holders: range, part: Part, gradient: Tensor, total: Tensor) -> None:
+        """Adds a part's gradient of keys, and then of values, to the ``total`` of one's own, and keeps the others'."""
         for number, piece in zip(holders, gradient.split(part.seen, 2), strict=True):
             if number != self._group.rank:
                 self._back[number].append(piece.to(self._like.dtype))
@@ -239,7 +239,7 @@ class _Shared(torch.autograd.Function):
             for part in whole_parts(options, share.tokens, share.own):
                 attend(part, q, part.take(k), part.take(v), out, lse, options)
             for branch in branches:
-                for part, keys, values in branch.fetched():
+                for _holders, part, keys, values in branch.fetched():
                     if part.tokens:
                         attend(part, q, keys, values, out, lse, options)
         out = out.to(q.dtype)
@@ -261,13 +261,14 @@ class _Shared(torch.autograd.Function):
                 for total, gradient in zip((dq, dk, dv), found, strict=True):
                     part.view(total).add_(part.shaped(gradient))
             for branch in branches:
-                for part, keys, values in branch.fetched():
-                    found = None, torch.zeros_like(keys), torch.zeros_like(values)
+                for holders, part, keys, values in branch.fetched():
                     if part.tokens:
-                        found = gradients(part, grad, q, keys, values, out, lse, options)
-                        part.view(dq).add_(part.shaped(found.q))
-                    branch.give(part, found[1], dk)
-                    branch.give(part, found[2], dv)
+                        own_dq, own_dk, own_dv = gradients(part, grad, q, keys, values, out, lse, options)
+                        part.view(dq).add_(part.shaped(own_dq))
+                    else:
+                        own_dk, own_dv = torch.zeros_like(keys), torch.zeros_like(values)
+                    branch.give(holders, part, own_dk, dk)
+                    branch.give(holders, part, own_dv, dv)
                 branch.send_back()
             for branch in branches:
                 branch.take_back(dk, dv)

@@ -134,7 +134,7 @@ class _FeedForward(nn.Module):
         self.ffn_layernorm = nn.LayerNorm(hidden, eps=_EPS)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        tokens = max(1, _HIDDEN // (len(x) * self.fc1.out_features))
+        tokens = tokens_at_once(len(x), self.fc1.out_features)
         if tokens >= x.shape[1]:
             return self._part(x, norm)
         return torch.cat([again(self._part, part, norm) for part in x.split(tokens, 1)], 1)
@@ -143,6 +143,11 @@ class _FeedForward(nn.Module):
         hidden = self.fc1(norm(x))
         exact = torch.promote_types(hidden.dtype, torch.float32)
         return self.fc2(self.ffn_layernorm(F.gelu(hidden.to(exact)).to(hidden.dtype)))
+
+
+def tokens_at_once(batch: int, hidden: int) -> int:
+    """Of each sequence of a batch, in the middle of a feed-forward layer."""
+    return max(1, _HIDDEN // (batch * hidden))
 
 
 def again(function: Callable[..., Any], *inputs: Any) -> Any:

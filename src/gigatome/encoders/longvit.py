@@ -154,7 +154,7 @@ class LongVit(nn.Module):
         else:
             exact = torch.promote_types(tokens.dtype, torch.float32)
             total = sum_over_sequence(tokens.sum(1, dtype=exact), share.group)
-            mean = (total / (tokens.shape[1] * share.count / len(share.own))).to(tokens.dtype)
+            mean = (total / (tokens.shape[1] // len(share.own) * share.count)).to(tokens.dtype)
         return mean if self.fc_norm is None else self.fc_norm(mean)
 
     def forward_tokens(self, images: Tensor, share: Share | None = None) -> Tensor:
@@ -180,7 +180,7 @@ class LongVit(nn.Module):
         own = range(height // size) if share is None else share.own
         if height != len(own) * size:
             raise ConfigError(f"images are {height} px high, but this process's rows {own} are {len(own) * size} px")
-        rows, columns = self._positions(own.stop if share is None else share.tokens, width // size)
+        rows, columns = self._positions(own.stop if share is None else share.count, width // size)
         rows = rows[own.start : own.stop]
         step = max(1, _PIXELS // (len(images) * width * size))
         parts = zip(images.split(step * size, 1 if pixels else 2), rows.split(step), strict=True)

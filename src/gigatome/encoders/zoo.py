@@ -165,6 +165,8 @@ def _read_folder(path: Path) -> tuple[TileEncoder, EncoderCard]:
         return _read_unfinished(path)
     try:
         content = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+        if (level := content.get("level", "tile")) != "tile":
+            raise RunError(f"{folder}: is an encoder of {level}s, not of tiles; that of its tiles is {folder / 'tile'}")
         card = configuration.parse(EncoderCard, content["card"], source=str(folder / _CARD))
         weights = load_file(folder / _WEIGHTS)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError, ConfigError) as error:
