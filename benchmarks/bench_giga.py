@@ -19,7 +19,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, final
@@ -111,7 +111,7 @@ class SyntheticStream:
         embeddings = torch.empty(slides * augmentations * tiles, DIM, dtype=torch.float16, device=device)
         for part in embeddings.split(1 << 22):
             part.normal_()
-        places = torch.randint(SIDE, (len(embeddings), 2), device=device).float()
+        places = torch.randint(SIDE, (len(embeddings), 2), dtype=torch.float32, device=device)
         self._table = ResidentTable(embeddings, places)
 
     def batches(self, start_step: int = 0) -> Iterator[AugmentedBatch]:
@@ -222,14 +222,12 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Measured]:
             persistent_workers=options.workers > 0, pin_memory=options.device != "cpu",
         )  # fmt: skip
         jobs[AUTHORS] = lambda: authors_loader(loader, options.epochs), lambda: authors_epoch(loader, options)
-        sources = ((RESIDENT, store, "device"), (PACKED, folder / "packed.h5", "mapped"), (MAPPED, store, "mapped"))
+        mapped = AugmentedStreamOptions(TILES, resident="mapped", threads=options.workers or 1)
+        sources = {RESIDENT: (store, replace(mapped, resident="device")), PACKED: (folder / "packed.h5", mapped)}
         streams: dict[str, Any] = {
-            arm: AugmentedStream(
-                source, AugmentedStreamOptions(TILES, resident=resident, threads=options.workers or 1),
-                batch_size=options.batch_size, device=options.device,
-            )
-            for arm, source, resident in sources
-        }  # fmt: skip
+            arm: AugmentedStream(source, how, batch_size=options.batch_size, device=options.device)
+            for arm, (source, how) in (sources | {MAPPED: (store, mapped)}).items()
+        }
     else:
         shape = options.slides, options.augmentations, options.tiles
         streams = {RESIDENT: SyntheticStream(*shape, options.batch_size, options.device)}

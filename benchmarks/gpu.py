@@ -5,10 +5,8 @@ spot. The same run on a few batches that are held in memory says how fast the de
 stream is, is the share of the time that the device waited for tiles. Both in turn, medians of the rounds. On a CPU the
 network and the decoding threads also share the cores.
 
-``step``: :mod:`benchmarks.bench_step` on the GPU, a step of DINO beside a plain one. ``mil``:
-:mod:`benchmarks.bench_mil` on the GPU, an epoch of ABMIL beside CLAM's loop. ``regions``:
-:mod:`benchmarks.bench_regions` on the GPU, regions embedded beside HIPT's way. ``giga``:
-:mod:`benchmarks.bench_giga` on the GPU, epochs of Giga-SSL at the scale of TCGA, for which 80 GB must fit there.
+Every other name is a script of its own, run on the GPU at the scale that matters there: ``step`` is
+:mod:`benchmarks.bench_step`, and so on. ``giga`` is of TCGA's size, for which 80 GB must fit on the device.
 
 Nothing is fetched. On a machine without a network bring the wheels of what is missing, as this says by name, and the
 built extension (``src/gigatome/_native.abi3.so``), or build it there: ``python setup.py build_ext --inplace``.
@@ -17,6 +15,7 @@ built extension (``src/gigatome/_native.abi3.so``), or build it there: ``python 
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import json
@@ -38,7 +37,20 @@ _NEEDED = {  # what is imported, and the package that holds it
 _NEEDED_BY = {
     "mil": {"h5py": "h5py", "scipy": "scipy", "sklearn": "scikit-learn"},
     "giga": {"h5py": "h5py"},
+    "region_views": {"h5py": "h5py"},
     "regions": {"h5py": "h5py", "openslide": "openslide-python openslide-bin"},
+}
+_SCRIPTS = {  # what each measures, and the size at which it matters on a GPU
+    "step": ("A step of DINO beside a plain one.", "--batch-size 64 --repeats 10 --precisions bf16"),
+    "mil": ("An epoch of ABMIL beside CLAM's loop.", "--bags 200"),
+    "regions": ("Regions embedded, beside HIPT's way.", "--regions 32"),
+    "region_views": ("Views of regions, of which a GPU's stage 2 needs many.", ""),
+    "sparse": ("Sparse convolutions beside dense ones.", ""),
+    "giga": (
+        "Epochs of Giga-SSL's pretraining at the scale of TCGA.",
+        "--slides 11754 --augmentations 50 --tiles 256 --epochs 5 --no-files",
+    ),
+    "longnet": ("Dilated attention up to 1,048,576 tokens, and a training step of LongViT.", ""),
 }
 _LINES = 5  # lines of the log that each run writes; the first is its warm-up
 
@@ -139,34 +151,6 @@ def stream(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def step(options: argparse.Namespace) -> dict[str, Any]:
-    """A step of DINO beside a plain one."""
-    from benchmarks import bench_step
-
-    return bench_step.run(options)
-
-
-def mil(options: argparse.Namespace) -> dict[str, Any]:
-    """An epoch of ABMIL beside CLAM's loop."""
-    from benchmarks import bench_mil
-
-    return bench_mil.run(options)
-
-
-def regions(options: argparse.Namespace) -> dict[str, Any]:
-    """Regions embedded, beside HIPT's way."""
-    from benchmarks import bench_regions
-
-    return bench_regions.run(options)
-
-
-def giga(options: argparse.Namespace) -> dict[str, Any]:
-    """Epochs of Giga-SSL's pretraining at the scale of TCGA."""
-    from benchmarks import bench_giga
-
-    return bench_giga.run(options)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
@@ -180,35 +164,19 @@ def main() -> None:
     part.add_argument("--slides", type=int, default=16)
     part.add_argument("--side", type=int, default=8192, help="level-0 pixels along each side of a slide")
     part.add_argument("--tiny", action="store_true", help="a tiny network on tiny tiles, to see whether it works")
-    names.add_parser("step", help=step.__doc__, add_help=False)
-    names.add_parser("mil", help=mil.__doc__, add_help=False)
-    names.add_parser("regions", help=regions.__doc__, add_help=False)
-    names.add_parser("giga", help=giga.__doc__, add_help=False)
+    for name, (about, _) in _SCRIPTS.items():
+        names.add_parser(name, help=about, add_help=False)
     options, rest = parser.parse_known_args()
     check(options.name)
-    if options.name == "step":
-        from benchmarks.bench_step import parser as step_parser
-
-        given = ["--device", "cuda", "--batch-size", "64", "--repeats", "10", "--precisions", "bf16", *rest]
-        options = argparse.Namespace(name="step", **vars(step_parser().parse_args(given)))
-    elif options.name == "mil":
-        from benchmarks.bench_mil import parser as mil_parser
-
-        given = mil_parser().parse_args(["--device", "cuda", "--bags", "200", *rest])
-        options = argparse.Namespace(name="mil", **vars(given))
-    elif options.name == "regions":
-        from benchmarks.bench_regions import parser as regions_parser
-
-        given = regions_parser().parse_args(["--device", "cuda", "--regions", "32", *rest])
-        options = argparse.Namespace(name="regions", **vars(given))
-    elif options.name == "giga":
-        from benchmarks.bench_giga import parser as giga_parser
-
-        scale = ["--slides", "11754", "--augmentations", "50", "--tiles", "256", "--epochs", "5", "--no-files"]
-        options = argparse.Namespace(name="giga", **vars(giga_parser().parse_args(["--device", "cuda", *scale, *rest])))
-    elif rest:
-        parser.error(f"unrecognised: {' '.join(rest)}")
-    result = {"stream": stream, "step": step, "mil": mil, "regions": regions, "giga": giga}[options.name](options)
+    if options.name == "stream":
+        if rest:
+            parser.error(f"unrecognised: {' '.join(rest)}")
+        result = stream(options)
+    else:
+        script = importlib.import_module(f"benchmarks.bench_{options.name}")
+        given = script.parser().parse_args(["--device", "cuda", *_SCRIPTS[options.name][1].split(), *rest])
+        options = argparse.Namespace(name=options.name, **vars(given))
+        result = script.run(options)
     print(json.dumps({"options": vars(options), **result}, indent=2, default=str))
 
 

@@ -59,7 +59,8 @@ def stage2(options: argparse.Namespace, grids: EmbeddingStore, seed: int) -> Reg
     sizes = [f"encoder.{key}={getattr(CONFIG, key)}" for key in ("input_dim", "dim", "depth", "heads")]
     settings = [
         *sizes, f"fit.steps={options.stage2_steps}", f"fit.warmup_steps={options.stage2_steps // 10}",
-        "fit.batch_size=32", "fit.lr=1e-3", "fit.lr_scaling=none", f"fit.device={options.device}", f"fit.seed={seed}", "dino.views.local_views=4",
+        "fit.batch_size=32", "fit.lr=1e-3", "fit.lr_scaling=none", f"fit.device={options.device}",
+        f"fit.seed={seed}", "dino.views.local_views=4",
         "fit.weight_decay_end=0.1", "dino.out_dim=256", "dino.head_hidden_dim=512", "dino.head_bottleneck_dim=128",
         "dino.head_batch_norm=true", "dino.freeze_last_layer_epochs=0", "dino.drop_path=0.0",
         "dino.teacher_temperature_start=0.02", "dino.teacher_temperature=0.02", "dino.teacher_momentum=0.98",

@@ -111,6 +111,19 @@ def test_bench_giga():
     assert all(item["views_per_second"] > 0 and item["epoch_seconds"] > 0 for item in ours)
 
 
+def test_bench_sparse(tmp_path):
+    pytest.importorskip("torch")
+    assert json.loads(run("bench_sparse", "--tiny", "--write", tmp_path))
+    assert list(tmp_path.glob("sparse_*_??????.md"))
+
+
+def test_bench_longnet(tmp_path):
+    pytest.importorskip("torch")
+    out = json.loads(run("bench_longnet", "--tiny", "--write", tmp_path))
+    assert out["attention"]
+    assert list(tmp_path.glob("longnet_*_??????.md"))
+
+
 def test_bench_mil(tmp_path):
     pytest.importorskip("torch")
     out = json.loads(run("bench_mil", "--tiny", "--folder", tmp_path / "bags", "--write", tmp_path))

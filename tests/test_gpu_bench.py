@@ -37,6 +37,14 @@ def test_mil(tmp_path):
     assert found["options"]["name"] == "mil"
 
 
+@pytest.mark.parametrize("name", ["region_views", "sparse", "longnet"])
+def test_scripts(name, tmp_path):
+    where = ["--folder", tmp_path] if name == "region_views" else []
+    done = run(name, "--device", "cpu", "--tiny", *where)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["options"]["name"] == name
+
+
 def test_giga(tmp_path):
     done = run("giga", "--device", "cpu", "--tiny", "--write", tmp_path)
     assert done.returncode == 0, done.stderr

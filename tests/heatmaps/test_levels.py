@@ -289,6 +289,14 @@ def test_no_region_encoder(chain):
         level_maps(NoiseSlide(), replace(chain, region=None, card=None), make_tiles(PLACES), ["tile"])
 
 
+def test_without_a_region_encoder_regions_are_those_of_the_slide_model(chain):
+    origin = origin_of(chain, 16, {"patch_size": SIDE * TILE, "region_tiles": SIDE})
+    heads = make_heads("hipt_none_fc", 16, origin, options={"hidden": 8})
+    alone, both = replace(chain, region=None, card=None, slide=heads), replace(chain, slide=heads)
+    maps = [level_maps(NoiseSlide(), one, make_tiles(PLACES), ["region"], ALONE) for one in (alone, both)]
+    np.testing.assert_array_equal(maps[0].levels["region"].values, maps[1].levels["region"].values)
+
+
 def test_heads_of_other_regions(chain):
     heads = make_heads("abmil", 12, origin_of(chain, 12, {"patch_size": 4096.0}))
     with pytest.raises(EvaluationError, match="tiles of 64 px, the head learnt from 4096"):

@@ -203,6 +203,12 @@ def test_cells_of_a_tile_encoder_as_levels(tmp_path, slide, run):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.1_cell.png", "case.1_overlay.ome.tif"]
 
 
+def test_cells_of_the_tile_encoder_that_a_region_encoder_keeps(tmp_path, slide, hierarchy):
+    result = invoke(slide, "--model", hierarchy[0] / "run", "-o", tmp_path / "out", "--shifts", 1)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case.1_cell.png"]
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "message"),
     [

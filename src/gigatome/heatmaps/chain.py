@@ -151,7 +151,7 @@ def open_chain(
         from gigatome.heatmaps.slide_model import open_slide_model
 
         heads = open_slide_model(slide_model)
-    if isinstance(model, TileEncoder) or not _is_region(Path(model)):
+    if isinstance(model, TileEncoder) or not is_region_model(model):
         if tile_encoder is not None:
             raise ConfigError(f"{model} is a tile encoder itself; a second one goes with a region encoder only")
         chain = Chain(load_encoder(model), slide=heads)
@@ -175,8 +175,9 @@ def open_chain(
     return chain
 
 
-def _is_region(path: Path) -> bool:
-    """Whether there is a region encoder, finished or in training, or its bare weights."""
+def is_region_model(model: str | Path) -> bool:
+    """Whether there is a region encoder at ``model``, finished or in training, or its bare weights."""
+    path = Path(model)
     if path.is_file():
         return "phi.0.weight" in read_weights(path)
     for card in (path / "encoder.json", path / "encoder" / "encoder.json"):

@@ -28,8 +28,8 @@ class HierarchyOptions:
     """What regions there are and how the levels are put together.
 
     Attributes:
-        regions: which regions; None takes regions of the size on the region encoder's card, a sixteenth of each
-            tissue at least.
+        regions: which regions; None takes regions of the size on the region encoder's card, or else of those that the
+            slide model learnt from, a sixteenth of each tissue at least.
         region_shifts: grids of regions along each axis, each shifted by another ``1 / region_shifts`` of a region and
             all averaged.
         combine: ``"mean"``, the weighted mean of the levels' maps as they are drawn, which is HIPT's; or

@@ -94,8 +94,9 @@ def level_maps(
 
 
 def _regions_of(chain: Chain) -> RegionOptions:
-    tiles = 16 if chain.card is None else chain.card.tiles
-    return RegionOptions(tiles, max(1, tiles**2 // 16))
+    learnt = {} if chain.slide is None else chain.slide.origin.tiling
+    tiles = int(learnt.get(TILES, 16)) if chain.card is None else chain.card.tiles
+    return RegionOptions(tiles)
 
 
 def _check(

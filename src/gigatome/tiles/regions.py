@@ -22,23 +22,28 @@ class RegionOptions:
 
     Attributes:
         tiles: tiles along each side of a region; 16 tiles of 256 px at 0.5 mpp are HIPT's regions of 4096 px.
-        min_tiles: tissue tiles that a region must have. The fullest region of a slide is kept whatever it has, so
-            that no slide is lost for being small.
+        min_tiles: tissue tiles that a region must have, a sixteenth of its tiles by default. The fullest region of a
+            slide is kept whatever it has, so that no slide is lost for being small.
         background: what becomes of the tiles of a region that hold too little tissue: ``"mask"`` leaves them out;
             ``"encode"`` reads them like the others, as HIPT's authors do, save those that lie beyond the slide.
     """
 
     tiles: int = 16
-    min_tiles: int = 16
+    min_tiles: int | None = None
     background: Literal["mask", "encode"] = "mask"
 
     def __post_init__(self):
-        if self.tiles < 1 or not 1 <= self.min_tiles <= self.tiles**2:
+        if self.tiles < 1 or not 1 <= self.least_tiles <= self.tiles**2:
             raise ValueError(
                 f"tiles must be at least 1 and min_tiles from 1 to tiles², not {self.tiles} and {self.min_tiles}"
             )
         if self.background not in ("mask", "encode"):
             raise ValueError(f"background is mask or encode, not {self.background}")
+
+    @property
+    def least_tiles(self) -> int:
+        """Tissue tiles that a region must have."""
+        return max(1, self.tiles**2 // 16) if self.min_tiles is None else self.min_tiles
 
 
 @final
@@ -114,7 +119,7 @@ def make_regions(
     tissue = np.zeros((len(corners), side * side), bool)
     tissue[region.ravel(), slots[:, 1] * side + slots[:, 0]] = True
     count = tissue.sum(1)
-    kept = count >= min(options.min_tiles, count.max(initial=0))
+    kept = count >= min(options.least_tiles, count.max(initial=0))
     corners, tissue = corners[kept][:, ::-1], tissue[kept]
     rows, columns = np.divmod(np.arange(side * side), side)
     index = (corners * side - offset)[:, None] + np.stack([columns, rows], 1)
