@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gigatome.core.geometry import Box
     from gigatome.embeddings.extract import embed
     from gigatome.embeddings.extract_regions import embed_regions
+    from gigatome.embeddings.slide_store import SlideStore
+    from gigatome.embeddings.slide_vectors import embed_slide_vectors
     from gigatome.embeddings.store import EmbeddingStore
     from gigatome.encoders.zoo import load_encoder
     from gigatome.evaluation.predict import predict_slides
@@ -39,6 +41,7 @@ __all__ = [
     "EmbeddingStore",
     "GigatomeError",
     "Slide",
+    "SlideStore",
     "StudyOptions",
     "SurvivalTarget",
     "TileStream",
@@ -47,6 +50,7 @@ __all__ = [
     "embed",
     "embed_augmented",
     "embed_regions",
+    "embed_slide_vectors",
     "evaluate",
     "heatmap",
     "hierarchical_heatmap",
@@ -67,6 +71,7 @@ _HOMES = {
     "EmbeddingStore": "embeddings.store",
     "GigatomeError": "core.errors",
     "Slide": "slides.slide",
+    "SlideStore": "embeddings.slide_store",
     "StudyOptions": "evaluation.study_options",
     "SurvivalTarget": "evaluation.units",
     "TileStream": "tiles.stream",
@@ -75,6 +80,7 @@ _HOMES = {
     "embed": "embeddings.extract",
     "embed_augmented": "selfsup.embed_augmented",
     "embed_regions": "embeddings.extract_regions",
+    "embed_slide_vectors": "embeddings.slide_vectors",
     "evaluate": "evaluation.protocol",
     "heatmap": "heatmaps.run",
     "hierarchical_heatmap": "heatmaps.run",

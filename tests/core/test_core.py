@@ -18,9 +18,9 @@ from gigatome.core.seeding import generator, torch_seed
 def test_public_names_are_locked():
     assert gigatome.__all__ == sorted(gigatome.__all__)
     assert set(gigatome.__all__) == {
-        "Box", "Cohort", "EmbeddingStore", "GigatomeError", "Slide", "StudyOptions", "SurvivalTarget", "TileStream",
-        "TissueMask", "check_cohort", "embed", "embed_augmented", "embed_regions", "evaluate", "heatmap",
-        "hierarchical_heatmap",
+        "Box", "Cohort", "EmbeddingStore", "GigatomeError", "Slide", "SlideStore", "StudyOptions", "SurvivalTarget",
+        "TileStream", "TissueMask", "check_cohort", "embed", "embed_augmented", "embed_regions", "embed_slide_vectors",
+        "evaluate", "heatmap", "hierarchical_heatmap",
         "load_encoder", "load_recipe", "make_grid", "open_slide", "open_zarr", "predict_slides", "run_study", "segment",
         "train",
     }  # fmt: skip

@@ -206,7 +206,7 @@ def test_embeddings_go_to_a_gpu_that_has_room_for_them(store, monkeypatch, caplo
     free = {}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 1 << 40))
     needed = len(AugmentedFiles(store)) * (2 * 4 + 8)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "gigatome")
     for spare, expected in ((4 << 30, True), ((4 << 30) - 1, False)):
         free["cuda:1"] = needed + spare
         assert stream(store, AugmentedStreamOptions(3), device="cuda:1")._resides() is expected

@@ -80,10 +80,10 @@ def test_it_exits_with_1_when_nothing_came_of_it(slides, encoders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--level", "slide"], "there is no level slide; there are tile, region"),
+        (["--level", "area"], "there is no level area; there are tile, region"),
         (["--level", "region", "--overlap", "8"], "regions are made of tiles side by side"),
         (["--region-encoder", "x"], "is of --level region"),
-        (["--level", "region", "--region-tiles", "2"], "min_tiles from 1 to tiles²"),
+        (["--level", "region", "--region-tiles", "2", "--min-tiles", "5"], "min_tiles from 1 to tiles²"),
         (["--level", "region", "--background", "white"], "background is mask or encode"),
     ],
 )

@@ -138,6 +138,7 @@ def test_the_digest_tells_stores_apart(store, tmp_path):
         {"tiles": 5},
         {"mpp": 0.25},
         {"dtype": "float32"},
+        {"absent": 0.2},  # as many regions, of other tiles
     ]
     for number, change in enumerate(others):
         made = make_store(tmp_path / str(number), SIZES, **{"absent": 0.3, **change})

@@ -187,6 +187,15 @@ def test_permutation_is_that_of_a_plain_loop():
     assert found.p == pytest.approx(count / 3000, abs=0.03)
 
 
+def test_delong_is_left_out_where_too_few_patients_have_a_class():
+    y, folds, patients = np.arange(8) // 4, np.arange(8) % 2, list("abcdeeee")
+    rising = np.stack([np.linspace(0.8, 0.2, 8), np.linspace(0.2, 0.8, 8)], 1)
+    first, second = (class_result(p, y, folds, patients=patients) for p in (rising, rising[:, ::-1]))
+    assert "delong" not in by_test(compare_results(first, second, ("a", "b"), resamples=9))
+    with pytest.raises(EvaluationError, match="two patients with and two without class 1"):
+        compare_results(first, second, ("a", "b"), tests=["delong"])
+
+
 def test_a_difference_is_found_by_every_test():
     first, second = pair(0, gain=2.0)
     tests = ("bootstrap", "delong", "corrected t", "permutation")

@@ -2,7 +2,9 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,7 @@ from gigatome.evaluation.probes import Knn
 from gigatome.evaluation.protocol import evaluate, prepare
 from gigatome.evaluation.study_options import StudyOptions
 from gigatome.evaluation.study_run import run_study
+from gigatome.evaluation.unit_data import tiling_of
 from gigatome.evaluation.units import SurvivalTarget
 from gigatome.mil.fit import BagFitOptions
 from gigatome.mil.model import BagBatch
@@ -218,6 +221,38 @@ def test_means_of_two_levels_side_by_side(made, tmp_path):
     assert open_embeddings(made.grids.folder, tmp_path).folder == made.grids.folder
     with pytest.raises(StoreError, match="no slide in common"):
         join_means([made.grids, EmbeddingStore(tmp_path, made.grids.tiles, "none")], tmp_path)
+
+
+def test_means_side_by_side_are_of_the_slides_that_are_there(made, tmp_path):
+    job = shutil.copytree(made.grids.job, tmp_path / "job")
+    stores = [EmbeddingStore.open(job / store.folder.relative_to(store.job)) for store in (made.grids, made.vectors)]
+    gone, *others = join_means(stores, tmp_path / "joined").names()
+    stores[0].path(gone).unlink()
+    assert join_means(stores, tmp_path / "joined").names() == others
+
+
+def test_the_size_of_regions_is_kept_as_it_is(made, tmp_path):
+    name = made.grids.names()[0]
+    path = shutil.copy(made.grids.path(name), tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file["coords"].attrs.update({"patch_size": 1024, "target_mpp": 0.50201})
+    folder = tmp_path / "job" / "tiles" / "features_enc"
+    folder.mkdir(parents=True)
+    tiling = tiling_of(EmbeddingStore.open(Path(shutil.move(path, folder / "a.h5")).parent), "a")
+    assert (tiling["patch_size"], tiling["target_mpp"]) == (1024, 0.502)
+
+
+def test_background_is_of_one_kind_and_that_of_training(made, tmp_path):
+    origin = prepare(made.grids, made.labels, "oncotree_code", 2).data.origin
+    assert origin.background == "mask"
+    with pytest.raises(EvaluationError, match="embedded with --background encode, the head learnt from those with"):
+        origin.refuse_other(replace(origin, background="encode"), "there")
+    origin.refuse_other(replace(origin, background=""), "files that do not say")
+    store = EmbeddingStore.open(shutil.copytree(made.grids.folder, tmp_path / "tiles" / "features_enc"))
+    with h5py.File(store.path(store.names()[-1]), "r+") as file:
+        file["coords"].attrs["region_background"] = "encode"
+    with pytest.raises(EvaluationError, match=r"cut into different tiles: .* mask\) and .* encode\)"):
+        _ = prepare(store, made.labels, "oncotree_code", 2).data.origin
 
 
 def test_knn_at_each_level_is_scikit_learns(made):

@@ -60,7 +60,7 @@ def test_the_threshold_is_the_best_out_of_fold(made, tmp_path):
 
     assert balance(card["threshold"]) == max(balance(value) for value in [*p, 2.0])
     tiling = {"patch_size": 256.0, "target_magnification": 20.0}
-    assert card["origin"] == {"encoder": "enc", "weights": "w1", "dim": 8, "tiling": tiling}
+    assert card["origin"] == {"encoder": "enc", "weights": "w1", "dim": 8, "tiling": tiling, "background": ""}
     assert card["cohort"]["counts"] == {"a": 20, "b": 20}
     assert card["split_hash"] == result.split_hash
 

@@ -93,6 +93,8 @@ def test_heads_by_other_names_on_some_of_the_embeddings(tmp_path):
     assert [arm.result.encoder for arm in study.arms] == ["enc", "enc", "poor", "enc+poor", "poor"]
     assert [arm.result.options.get("fit", {}).get("epochs") for arm in study.arms] == [2, None, 1, None, 1]
     assert study.arms[1].result.options["k"] == 3
+    assert {item.first for item in study.comparisons} == {"narrow on poor"}
+    assert {item.second for item in study.comparisons} == set(labels) - {"narrow on poor"}
     assert {point.label for point in study.few_shot} == {"wide", "near"}
 
 

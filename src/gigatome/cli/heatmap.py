@@ -43,6 +43,7 @@ def heatmap(
     """Show where an encoder looks on a slide."""
     from gigatome import config
     from gigatome.heatmaps.attention import AttentionOptions
+    from gigatome.heatmaps.chain import is_region_model
     from gigatome.heatmaps.hierarchy import HierarchyOptions
     from gigatome.heatmaps.render import OverlayOptions
     from gigatome.heatmaps.run import heatmap as make_heatmap
@@ -62,7 +63,7 @@ def heatmap(
         hierarchy["heads"] = {level: head for level in wanted if level != "region"}
     options = config.parse(HierarchyOptions, hierarchy, source="heatmap")
     with progress_bar() as progress, open_slide(slide, mpp=slide_mpp) as opened:
-        if wanted == ["cell"] and not (ome or values or tile_encoder or slide_model):
+        if wanted == ["cell"] and not (ome or values or tile_encoder or slide_model or is_region_model(model)):
             overlay = OverlayOptions(channel=head)
             scale = 0.5 if mpp is None else mpp
             make_heatmap(opened, model, out, mpp=scale, overlay=overlay, progress=progress, **shared)

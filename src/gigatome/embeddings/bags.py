@@ -160,12 +160,11 @@ def check_bags(
 
 
 def _check_slides(store: SlideStore, names: Sequence[str]) -> Mapping[Reason, tuple[str, ...]]:
-    rows = {name: row for row, name in enumerate(store.slides)}
     finite = np.all(np.isfinite(store.embeddings), axis=1)
-    sound = {name for name, row in rows.items() if finite[row]}
+    sound = dict(zip(store.slides, finite.tolist(), strict=True))
     found: dict[Reason, tuple[str, ...]] = {
-        "no embeddings": tuple(name for name in names if name not in rows),
-        "embeddings that are not finite": tuple(name for name in names if name in rows and name not in sound),
+        "no embeddings": tuple(name for name in names if name not in sound),
+        "embeddings that are not finite": tuple(name for name in names if not sound.get(name, True)),
     }
     return {reason: listed for reason, listed in found.items() if listed}
 

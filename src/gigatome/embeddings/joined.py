@@ -20,7 +20,7 @@ def join_means(stores: Sequence[Embeddings], job: str | Path) -> EmbeddingStore:
 
     Args:
         stores: at least two; the first one's tiling is stated.
-        job: job directory to write to; files that are there are replaced.
+        job: job directory to write to; files that are there are replaced, or removed if they are of other slides.
 
     Returns:
         The store, for probes. Its encoder is named after all of them, as is the hash of its weights.
@@ -36,6 +36,8 @@ def join_means(stores: Sequence[Embeddings], job: str | Path) -> EmbeddingStore:
         raise StoreError(f"{folders}: have usable embeddings of no slide in common; embed the slides with both")
     encoder = "+".join(store.encoder for store in stores)
     joined = EmbeddingStore(Path(job), TilesDir(Path(job) / stores[0].folder.parent.name), encoder)
+    for name in set(joined.names()) - set(usable):
+        joined.path(name).unlink(missing_ok=True)
     for name in usable:
         hashes = [of.weights if isinstance(of, SlideStore) else read_header(of.path(name)).weights for of in stores]
         attrs = {key: value for key, value in stores[0].attributes(name).items() if key not in _OF_THE_FILE}

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, cast, final
@@ -154,6 +155,7 @@ class RegionStream:
         self.encoder, self.weights, self.dim = self._reader.encoder, self._reader.weights, self._reader.dim
         self.tiles, self.tile_size, self.mpp = _tiling(store, found)
         self._dtype = np.result_type(*{slide.dtype for slide in found.values()})
+        self._regions = [slide.regions for slide in found.values()]
         self._rows = np.concatenate([slide.rows for slide in found.values()])
         self.sizes = np.array([len(slide.rows) for slide in found.values()], np.int64)
         self._bounds = np.append(0, np.cumsum(self.sizes))
@@ -167,7 +169,7 @@ class RegionStream:
 
     def digest(self) -> str:
         """Hash of all that the batches depend on beside options and seed, save the numbers in the grids."""
-        what = [self.names, self.sizes.tolist(), self.tiles, self.dim, self.encoder, self.weights]
+        what = [self.names, self.sizes.tolist(), self._regions, self.tiles, self.dim, self.encoder, self.weights]
         return config.digest([*what, self.tile_size, self.mpp, str(self._dtype)])
 
     def batches(self, start_step: int = 0) -> Iterator[RegionBatch]:
@@ -252,11 +254,12 @@ class RegionStream:
 
 @dataclass(frozen=True, eq=False)
 class _Slide:
-    """What is known of a slide's file: regions with enough tiles, int64 [n], type of the numbers, and its tiling."""
+    """What is known of a slide's file: regions with enough tiles, type of numbers, tiling, hash of coords and mask."""
 
     rows: NDArray[np.int64]
     dtype: np.dtype[Any]
     tiling: tuple[int, int, float]
+    regions: str
 
 
 def _look(store: EmbeddingStore, min_tiles: int) -> tuple[dict[str, _Slide], tuple[Failure, ...]]:
@@ -293,8 +296,10 @@ def _read_slide(file: h5py.File, path: Path, min_tiles: int) -> _Slide:
             f"features {features.shape}, mask {mask.shape} and coords {coords.shape} are no grids of {side} × {side}"
         )
     mpp = float(attrs.get("target_mpp") or 10 / float(attrs["target_magnification"]))
-    rows = np.flatnonzero(np.asarray(mask, bool).sum(1) >= min_tiles)
-    return _Slide(rows, features.dtype, (side, int(attrs["patch_size"]) // side, mpp))
+    there = np.asarray(mask, bool)
+    regions = sha256(np.asarray(coords, np.int64).tobytes() + np.packbits(there).tobytes()).hexdigest()[:16]
+    rows = np.flatnonzero(there.sum(1) >= min_tiles)
+    return _Slide(rows, features.dtype, (side, int(attrs["patch_size"]) // side, mpp), regions)
 
 
 def _tiling(store: EmbeddingStore, found: Mapping[str, _Slide]) -> tuple[int, int, float]:

@@ -21,6 +21,9 @@ from gigatome.core.errors import StoreError
 from gigatome.tiles.grid import coords_attributes
 from gigatome.tiles.regions import RegionGrid
 
+BACKGROUND = "region_background"
+"""Attribute of ``coords`` that says what became of tiles without tissue: "mask" or "encode"."""
+
 TILES = "region_tiles"
 """Attribute of ``coords`` that holds the tiles along a region's side."""
 
@@ -94,8 +97,8 @@ def region_attributes(regions: RegionGrid, name: str, folder: str) -> dict[str, 
     return {
         **coords_attributes(regions.as_tiles(), name, folder),
         TILES: options.tiles,
-        "region_min_tiles": options.min_tiles,
-        "region_background": options.background,
+        "region_min_tiles": options.least_tiles,
+        BACKGROUND: options.background,
         REGIONS: regions.digest,
     }
 

@@ -136,6 +136,23 @@ class SlideStore:
         except (OSError, arrow.ArrowException) as error:
             raise StoreError(f"{path}: cannot be written ({error})") from error
 
+    def write_pooled(self, folder: str | Path) -> Path:
+        """Writes ``pooled/<slide>.h5`` with ``features`` (1, D), which Patho-Bench reads; (D,) it does not.
+
+        Returns:
+            The folder ``pooled``.
+
+        Raises:
+            StoreError: a file cannot be written.
+        """
+        pooled = Path(folder) / "pooled"
+        for name, vector in zip(self.slides, self.embeddings, strict=True):
+            write_slide_vector(
+                pooled / f"{name}.h5", vector[None], encoder=self.encoder, weights=self.weights,
+                patient=self.patients.get(name, ""), stated=self.attributes(name),
+            )  # fmt: skip
+        return pooled
+
     def _alike(self) -> dict[str, Any]:
         """What the files of all slides state alike, as JSON holds it."""
         first = self.attributes(self.slides[0]) if self.slides else {}
@@ -193,7 +210,7 @@ def write_slide_vector(
     patient: str,
     stated: Mapping[str, Any],
 ) -> None:
-    """Writes one slide's vector (D,) as ``.h5``, whole or not at all; raises :class:`StoreError`."""
+    """Writes one slide's vector, (D,) or (1, D), as ``.h5``, whole or not at all; raises :class:`StoreError`."""
     path = Path(path)
     own = {"encoder": encoder, "name": path.stem, "savetodir": str(path.parent), WEIGHTS: weights, PATIENT: patient}
     try:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -83,7 +83,8 @@ def embed_slide_vectors(
 
     Writes a file a slide, whole or not at all, and, when it works on all slides and not on a shard of them, one table
     of all that lie in the folder. Slides that are done are skipped; one that cannot be embedded becomes a failure.
-    Several processes may work at once: both write the same.
+    Several processes may work at once: they write the same. A vector does not depend on the other slides, save for
+    rounding.
 
     Args:
         source: embeddings of tiles, or what :meth:`EmbeddingStore.open` takes; those of augmented tiles are used as
@@ -123,14 +124,33 @@ def embed_slide_vectors(
                 run.write(seen, vector, patients.get(slide) or patient_of(slide))
             progress("slides", done, len(names))
     write_shard_failures(Job(run.job), shard, run.failures)
-    found = SlideStore.open(run.folder) if run.folder.is_dir() else run.nothing()
-    found = replace(found, patients={**found.patients, **patients}, failures=tuple(run.failures))
-    if shard[1] == 1 and len(found):
-        try:
-            found.write_table(run.folder / TABLE)
-        except MissingExtraError as error:
-            log.warning("%s: %s is left out; %s", run.folder, TABLE, error)
-    return found
+    return run.result(patients, table=shard[1] == 1)
+
+
+def tiles_for(path: str | Path, card: SlideCard | None, encoder: str | None = None) -> EmbeddingStore:
+    """The embeddings of tiles at ``path`` that a slide encoder takes; the only ones, where it does not say.
+
+    Args:
+        path: what :meth:`EmbeddingStore.open` takes.
+        card: of the slide encoder; None for any.
+        encoder: name of the tile encoder in folder names.
+
+    Raises:
+        StoreError: there are none, or several to choose from.
+    """
+    found = [store for store in EmbeddingStore.find(path) if encoder in (None, store.encoder)]
+    if card is not None and len(found) > 1:
+        found = [store for store in found if _takes(card, store)] or found
+    if len(found) == 1:
+        return found[0]
+    return EmbeddingStore.open(path, encoder=encoder)
+
+
+def _takes(card: SlideCard, store: EmbeddingStore) -> bool:
+    header = next((read_header(store.path(name)) for name in store.names()[:1]), None)
+    if header is None:
+        return False
+    return header.dim == card.config.input_dim and header.weights in (card.tile_weights, "")
 
 
 @final
@@ -150,7 +170,8 @@ class _Run:
         self.failures: list[Failure] = []
         first = next((header for slide in store.names() if (header := self._header(slide))), None)
         if first is None:
-            raise StoreError(f"{store.folder}: holds no embeddings of tiles; embed them first")
+            why = "".join(f" ({one.slide}: {one.message})" for one in (*store.failures, *self.failures)[:1])
+            raise StoreError(f"{store.folder}: holds no embeddings of tiles{why}; embed them first")
         self.failures.clear()  # each slide is looked at again
         self._tiles = first
         given = open_slide_encoder(slide_encoder) if isinstance(slide_encoder, str | Path) else slide_encoder
@@ -202,6 +223,8 @@ class _Run:
         for name in names:
             try:
                 waiting.append(self._look(name))
+                if name == names[0]:
+                    self._compare(waiting[0].bag.attrs)
             except StoreError as error:
                 self._fail(name, error)
                 yield name, None, None
@@ -223,10 +246,20 @@ class _Run:
             encoder=self.maker.name, weights=self.maker.weights, patient=patient, stated=stated,
         )  # fmt: skip
 
-    def nothing(self) -> SlideStore:
-        """What there is when no slide could be embedded."""
-        empty = np.zeros((0, self.maker.dim), np.float32)
-        return SlideStore(self.folder, self.maker.name, self.maker.weights, (), empty)
+    def result(self, patients: Mapping[str, str], *, table: bool) -> SlideStore:
+        """What lies in the folder, and was made a table if asked for."""
+        if self.folder.is_dir():
+            store = SlideStore.open(self.folder)
+        else:
+            nothing = np.zeros((0, self.maker.dim), np.float32)
+            store = SlideStore(self.folder, self.maker.name, self.maker.weights, (), nothing)
+        store = replace(store, patients={**store.patients, **patients}, failures=tuple(self.failures))
+        if table and len(store):
+            try:
+                store.write_table(self.folder / TABLE)
+            except MissingExtraError as error:
+                log.warning("%s: %s is left out; %s", self.folder, TABLE, error)
+        return store
 
     def _header(self, name: str) -> BagHeader | None:
         """What a slide's file of tiles says of itself; None, and a failure, if it cannot be read."""
@@ -277,6 +310,14 @@ class _Run:
             raise StoreError(f"{self._store.path(name)}: does not state {error}, and so not where tiles lie") from error
         seen = places[rows]
         return _Seen(name, bag, rows, np.floor(seen - seen.min(1, keepdims=True)).astype(np.int64))
+
+    def _compare(self, attrs: Mapping[str, Any]) -> None:
+        """Warns of tiles unlike those of training."""
+        used = attrs.get("patch_size"), attrs.get("target_mpp")
+        if self.card is None or None in used or used == (self.card.tile_size, self.card.mpp):
+            return
+        text = "%s: was trained on embeddings of tiles of %d px at %g mpp; these are of %d px at %g mpp"
+        log.warning(text, self.card.name, self.card.tile_size, self.card.mpp, *used)
 
     def _encoded(self, seen: "Sequence[_Seen]") -> "Iterator[tuple[str, NDArray[np.float32] | None, _Seen]]":
         try:

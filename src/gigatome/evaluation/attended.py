@@ -7,6 +7,7 @@ import numpy as np
 from gigatome.core.errors import EvaluationError
 from gigatome.embeddings.bags import BagReader
 from gigatome.embeddings.region_tiles import RegionTiles
+from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.crossval import FoldRun
 from gigatome.evaluation.study import AttendedTile
 from gigatome.evaluation.unit_data import UnitData

@@ -77,7 +77,7 @@ def compare_results(
         labels: what to call the two.
         metric: what to compare; by default the AUROC, or the c-index of pairs within folds.
         tests: which; by default the bootstrap, the corrected t over folds if at least two have a score, and DeLong's
-            for the AUROC.
+            for the AUROC if each class has two patients and as many have another.
         seed: of resampling and swaps.
         resamples: how many.
 
@@ -86,7 +86,7 @@ def compare_results(
     """
     pair = _pair(first, second, metric)
     if tests is None:
-        delong: tuple[Test, ...] = ("delong",) if pair.metric == "auroc" else ()
+        delong: tuple[Test, ...] = ("delong",) if pair.metric == "auroc" and _enough_for_delong(first) else ()
         folds: tuple[Test, ...] = ("corrected t",) if len(pair.differences) > 1 else ()
         tests = ("bootstrap", *delong, *folds)
     found = [(test, _run(pair, test, seed, resamples)) for test in tests]
@@ -202,6 +202,15 @@ def _pair(
     if isinstance(first, SurvivalResult) and isinstance(second, SurvivalResult):
         return _survival_pair(first, second, metric or "c_index")
     raise EvaluationError("a result of classes cannot be compared with one of survival")
+
+
+def _enough_for_delong(result: EvaluationResult | SurvivalResult) -> bool:
+    """Whether at least two patients have each class, and two another."""
+    if not isinstance(result, EvaluationResult):
+        return False
+    y, patients = result.predictions.y, np.asarray(result.predictions.patients)
+    sides = [y == c for c in range(result.predictions.probabilities.shape[1])]
+    return all(min(len(set(patients[side])), len(set(patients[~side]))) >= 2 for side in sides)
 
 
 def _class_pair(first: EvaluationResult, second: EvaluationResult, metric: Metric) -> _Pair:

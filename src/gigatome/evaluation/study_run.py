@@ -235,11 +235,11 @@ def _reported(options: StudyOptions, head: str, number: int) -> Reported | None:
 
 
 def _compared(learnt: Sequence[_Learnt], options: StudyOptions) -> tuple[Comparison, ...]:
-    first = learnt[0].arm
+    first = next(item.arm for item in learnt if item.arm.result.head == options.heads[0])
     tests = [
         test
-        for item in learnt[1:]
-        if item.runs  # an external cohort is another one
+        for item in learnt
+        if item.arm is not first and item.runs  # an external cohort is another one
         for test in compare_results(
             first.result, item.arm.result, (first.label, item.arm.label),
             seed=options.seed, resamples=options.resamples,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gigatome.core.errors import ConfigError, EvaluationError
 from gigatome.embeddings.bags import BagReader
 from gigatome.embeddings.region_tiles import RegionTiles
-from gigatome.embeddings.regions import TILES
+from gigatome.embeddings.regions import BACKGROUND, TILES
 from gigatome.embeddings.slide_store import Embeddings
 from gigatome.embeddings.slide_vectors import VIEW_TILES
 
@@ -35,12 +35,15 @@ class Origin:
         dim: size of an embedding.
         tiling: of "patch_size", "target_mpp", "target_magnification", for regions "region_tiles" and for slides
             "view_tiles" what the files state.
+        background: of regions, whether their tiles without tissue were left out, "mask", or embedded too, "encode";
+            "" if the files do not say.
     """
 
     encoder: str
     weights: str
     dim: int
     tiling: Mapping[str, float]
+    background: str = ""
 
     def refuse_other(self, other: "Origin", where: object) -> None:
         """Raises :class:`EvaluationError` if embeddings of ``where`` are by another encoder, or of other tiles."""
@@ -58,6 +61,11 @@ class Origin:
                 raise EvaluationError(
                     f"{where}: tiles of {here:g} {unit}, the head learnt from {there:g}; embed such tiles"
                 )
+        if self.background and other.background and self.background != other.background:
+            raise EvaluationError(
+                f"{where}: regions embedded with --background {other.background}, the head learnt from those with "
+                f"--background {self.background}; embed them so"
+            )
 
 
 @final
@@ -149,19 +157,17 @@ class UnitData:
         """What made the embeddings.
 
         Raises:
-            EvaluationError: the slides' tiles differ in size or resolution.
+            EvaluationError: the slides' tiles differ in size or resolution, or the background of their regions does.
         """
-        tilings: list[dict[str, float]] = []
-        for name in self.reader.names:
-            stated = tiling_of(self.store, name)
-            if stated not in tilings:
-                tilings.append(stated)
-            if len(tilings) > 1:
-                both = f"{self.reader.names[0]} ({tilings[0]}) and {name} ({stated})"
+        first, *others = self.reader.names
+        tiling, background = _stated(self.store, first)
+        for name in others:
+            if (stated := _stated(self.store, name)) != (tiling, background):
+                both = f"{first} ({tiling} {background}) and {name} ({stated[0]} {stated[1]})"
                 raise EvaluationError(
                     f"{self.store.folder}: slides are cut into different tiles: {both}; embed them alike"
                 )
-        return Origin(self.reader.encoder, self.reader.weights, self.reader.dim, tilings[0])
+        return Origin(self.reader.encoder, self.reader.weights, self.reader.dim, tiling, background)
 
     def select(self, indices: NDArray[np.int64]) -> "UnitData":
         """Some of the units; what has been read is shared."""
@@ -175,8 +181,15 @@ class UnitData:
 
 def tiling_of(store: Embeddings, name: str) -> dict[str, float]:
     """What a slide's file states of its tiling, as of :class:`Origin`; raises :class:`EvaluationError`."""
+    return _stated(store, name)[0]
+
+
+def _stated(store: Embeddings, name: str) -> tuple[dict[str, float], str]:
+    """Tiling, and background of the regions, that a slide's file states."""
     attrs = store.attributes(name)
     try:
-        return {key: float(f"{float(attrs[key]):.3g}") for key in _TILING if key in attrs}
+        stated = {key: float(attrs[key]) for key in _TILING if key in attrs}
     except ValueError as error:
         raise EvaluationError(f"{name}: its file states a tiling that is no number ({error})") from error
+    rounded = {key: value if value.is_integer() else float(f"{value:.3g}") for key, value in stated.items()}
+    return rounded, str(attrs.get(BACKGROUND, ""))

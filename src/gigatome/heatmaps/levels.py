@@ -94,9 +94,11 @@ def level_maps(
 
 
 def _regions_of(chain: Chain) -> RegionOptions:
-    learnt = {} if chain.slide is None else chain.slide.origin.tiling
-    tiles = int(learnt.get(TILES, 16)) if chain.card is None else chain.card.tiles
-    return RegionOptions(tiles)
+    """Regions as the encoders and heads were trained on."""
+    origin = None if chain.slide is None else chain.slide.origin
+    learnt = 16 if origin is None else int(origin.tiling.get(TILES, 16))
+    encoded = origin is not None and origin.background == "encode"
+    return RegionOptions(learnt if chain.card is None else chain.card.tiles, background="encode" if encoded else "mask")
 
 
 def _check(

@@ -1,6 +1,6 @@
 """Studies as recipes: the heads and splits of a paper's table, to be run on embeddings that are there."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -10,12 +10,13 @@ from gigatome.core.errors import ConfigError
 from gigatome.core.logs import log
 from gigatome.embeddings.bags import BagReader
 from gigatome.embeddings.regions import TILES
+from gigatome.embeddings.slide_store import holds_embeddings, slide_folders
 from gigatome.embeddings.store import EmbeddingStore
 from gigatome.evaluation.study_options import Reported, StudyOptions
 from gigatome.recipes.schema import is_study, recipe_name, recipe_path
 
-Kind = Literal["grids", "regions", "grids + regions"]
-"""Grids of tile embeddings; embeddings of regions; the means of both side by side."""
+Kind = Literal["grids", "regions", "grids + regions", "tiles", "slides"]
+"""Grids of tile embeddings; embeddings of regions; the means of both side by side; of tiles; of slides."""
 
 REGION_ENCODER = "REGION_ENCODER"
 """Stands in a recipe for the path of a region encoder, which only its user knows."""
@@ -88,8 +89,8 @@ def load_study(
 
     Args:
         source: as of :func:`read_study`.
-        embeddings: job directories or folders of embeddings. Their kinds are read off the files, so that one job with
-            grids and embeddings of regions will do.
+        embeddings: job directories, folders or tables of embeddings. Their kinds are read off the files, so that one
+            job with all that the recipe needs will do.
         labels: table of slides, patients and outcomes.
         assignments: changes of the study, such as ``"options.hipt.fit.epochs=5"`` or ``"split_file=splits"``.
 
@@ -102,7 +103,7 @@ def load_study(
     study: dict[str, Any] = config.to_dict(recipe.study)
     for assignment in assignments:
         config.assign(study, assignment)
-    folders = _by_kind(embeddings)
+    folders = _by_kind(embeddings, recipe.embeddings)
     here = {k: _joined(kind, folders) for k, kind in enumerate(recipe.embeddings)}
     numbers = {k: place for place, k in enumerate(k for k, path in here.items() if path)}
     only = {head: study.get("only", {}).get(head, list(here)) for head in study["heads"]}
@@ -111,7 +112,7 @@ def load_study(
     if not heads:
         raise ConfigError(
             f"{source}: no head can run on {', '.join(map(str, embeddings))}; it needs {', '.join(recipe.embeddings)}: "
-            "embed the slides with level region"
+            f"embed the slides with level {'slide' if 'slides' in recipe.embeddings else 'region'}"
         )
     for lack in sorted(set(lacks.values()) - {""}):
         listed = ", ".join(head for head, of in lacks.items() if of == lack)
@@ -130,21 +131,31 @@ def load_study(
     return config.parse(StudyOptions, values, source=str(source))
 
 
-def _by_kind(paths: Sequence[str | Path]) -> dict[str, str]:
-    """The folder of each kind of embeddings, grids and regions."""
+def _by_kind(paths: Sequence[str | Path], kinds: Collection[Kind]) -> dict[str, str]:
+    """The folder, or table, of each kind of embeddings that a recipe takes."""
+    wanted = {part for kind in kinds for part in kind.split(" + ")}
     found: dict[str, str] = {}
-    stores = {store.folder: store for path in paths for store in EmbeddingStore.find(path)}
-    for folder, store in stores.items():
-        names = store.names()
-        if not names or TILES not in store.attributes(names[0]):
-            continue
-        kind = "regions" if len(BagReader(store, names[:1]).shape) == 1 else "grids"
-        if kind in found:
+    for folder, kind in {folder: kind for path in paths for folder, kind in _sets(Path(path).absolute())}.items():
+        if kind in found and kind in wanted:
             raise ConfigError(
                 f"{found[kind]} and {folder} are both {kind}; give --embeddings the folder of one of them"
             )
         found[kind] = str(folder)
     return found
+
+
+def _sets(path: Path) -> Iterator[tuple[Path, str]]:
+    """Each set of embeddings at ``path``, and its kind."""
+    stores, slides = EmbeddingStore.find(path), slide_folders(path)
+    if not stores and not slides and holds_embeddings(path):
+        slides = [path]
+    yield from ((folder, "slides") for folder in slides)
+    for store in stores:
+        names = store.names()
+        if names and TILES not in store.attributes(names[0]):
+            yield store.folder, "tiles"
+        elif names:
+            yield store.folder, "regions" if len(BagReader(store, names[:1]).shape) == 1 else "grids"
 
 
 def _joined(kind: Kind, folders: Mapping[str, str]) -> str:
