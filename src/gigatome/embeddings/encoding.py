@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from gigatome.core.errors import ConfigError
 from gigatome.encoders.device import usable_device
+from gigatome.encoders.longvit import LongVit
+from gigatome.encoders.longvit_zoo import longvit_digest
 from gigatome.encoders.region_vit import RegionVit
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import encoder_digest, encoder_name
@@ -58,7 +60,8 @@ class Maker:
             if not hasattr(model, attribute):
                 raise ConfigError(f"{type(model).__name__} is no tile encoder: it has no {attribute}")
         known = isinstance(model, TileEncoder)
-        weights = encoder_digest(model) if known else _digest(model)
+        digest = longvit_digest(model) if isinstance(model, LongVit) else None
+        weights = encoder_digest(model) if known else digest or _digest(model)
         name = name or (encoder_name(model) if known else f"{type(model).__name__.lower()}-{weights[:8]}")
         return cls(name, weights, int(getattr(model, "dim")))  # noqa: B009 - nn.Module does not declare it
 

@@ -25,7 +25,7 @@ from gigatome.embeddings.run import (
     write_shard_failures,
 )
 from gigatome.embeddings.store import Bag, EmbeddingStore, write_bag
-from gigatome.encoders.zoo import load_encoder
+from gigatome.encoders.longvit_zoo import open_pixel_encoder
 from gigatome.slides.cohort import Cohort, CohortSlide
 from gigatome.tiles.grid import GridOptions, TileGrid, coords_attributes, tile_cohort
 from gigatome.tissue.segment import SegmentOptions
@@ -60,8 +60,8 @@ def embed(
 
     Args:
         cohort: slides, or what :meth:`Cohort.read` takes.
-        encoder: what :func:`~gigatome.encoders.zoo.load_encoder` takes, or any module with ``dim``, ``normalise`` and
-            ``forward`` like :class:`~gigatome.encoders.vit.TileEncoder`.
+        encoder: what :func:`~gigatome.encoders.longvit_zoo.open_pixel_encoder` takes, or any module with ``dim``,
+            ``normalise`` and ``forward`` like :class:`~gigatome.encoders.vit.TileEncoder`.
         out: job directory.
         tile_size: side of a tile in pixels at ``mpp``.
         mpp: resolution in µm per pixel.
@@ -92,7 +92,7 @@ def embed(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     cohort, job = shard_of(Cohort.read(cohort), shard), Job(Path(out))
-    model = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    model = open_pixel_encoder(encoder) if isinstance(encoder, str | Path) else encoder
     maker = Maker.of(model, name)
     store = EmbeddingStore(job.path, job.tiles(tile_size, mpp, overlap), maker.name)
     with ready(model, device):

@@ -118,6 +118,7 @@ class LongVit(nn.Module):
     Attributes:
         config: what it was made from.
         dim: size of an embedding.
+        patch_size: side of a patch in pixels.
 
     Source: arXiv 2312.03558, §2; differs: the position embedding keeps its grid and is interpolated to the image in
     each call, where the authors interpolate it once and train on that.
@@ -127,12 +128,27 @@ class LongVit(nn.Module):
         super().__init__()
         self.config = config
         dim = self.dim = config.dim
+        self.patch_size = config.patch_size
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, config.patch_size, config.patch_size)})
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2, dim))
         self.encoder = LongNetEncoder(config.encoder(), drop_path=drop_path, checkpointing=checkpointing)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if config.norm == "pretrain" else None
         self.fc_norm = nn.LayerNorm(dim, eps=1e-5) if config.norm == "finetune" else None
         trunc_normal_(self.pos_embed, std=0.02)
+
+    @property
+    def mean(self) -> Tensor:
+        """The config's, for values of 0 to 255: float32 [3, 1, 1] on the encoder's device; so is :attr:`std`."""
+        return torch.tensor(self.config.mean, device=self.pos_embed.device).view(3, 1, 1) * 255
+
+    @property
+    def std(self) -> Tensor:
+        """See :attr:`mean`."""
+        return torch.tensor(self.config.std, device=self.pos_embed.device).view(3, 1, 1) * 255
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] on the encoder's device; :meth:`forward` normalises them, some rows at a time."""
+        return images.to(self.pos_embed.device, non_blocking=True)
 
     def forward(self, images: Tensor, share: Share | None = None) -> Tensor:
         """Embeddings [B, dim] of images.
@@ -196,8 +212,7 @@ class LongVit(nn.Module):
         """Tokens of some rows of patches, whose positions are ``rows`` [rows, grid] × ``columns`` [columns, grid]."""
         images = images.to(rows.device, non_blocking=True)
         if images.dtype == torch.uint8:
-            mean, std = (torch.tensor(x, device=rows.device) * 255 for x in (self.config.mean, self.config.std))
-            images = ((images - mean) / std).permute(0, 3, 1, 2)
+            images = (images.permute(0, 3, 1, 2) - self.mean) / self.std
         patches = self.patch_embed["proj"](images.to(rows.dtype)).flatten(2).mT
         with torch.autocast(rows.device.type, enabled=False):
             grid = self.pos_embed.unflatten(1, (self.config.grid, -1))

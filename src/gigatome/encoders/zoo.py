@@ -31,6 +31,7 @@ from gigatome.encoders.weights import read_weights
 
 _WEIGHTS, _CARD, _TIMM = "encoder.safetensors", "encoder.json", "config.json"
 _PUBLISHED = "hub:"
+_LONGVIT = "is a LongViT; gigatome embed takes it at level tile, and gigatome.encoders.longvit_zoo opens it in Python"
 _SIZES = {  # what timm calls the fields of EncoderConfig
     "img_size": "image_size",
     "patch_size": "patch_size",
@@ -165,7 +166,10 @@ def _read_folder(path: Path) -> tuple[TileEncoder, EncoderCard]:
         return _read_unfinished(path)
     try:
         content = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        if (level := content.get("level", "tile")) != "tile":
+        level = content.get("level", "tile")
+        if level == "pixels":
+            raise RunError(f"{folder}: {_LONGVIT}")
+        if level != "tile":
             raise RunError(f"{folder}: is an encoder of {level}s, not of tiles; that of its tiles is {folder / 'tile'}")
         card = configuration.parse(EncoderCard, content["card"], source=str(folder / _CARD))
         weights = load_file(folder / _WEIGHTS)
@@ -182,9 +186,10 @@ def _read_unfinished(run: Path) -> tuple[TileEncoder, EncoderCard]:
     steps = sorted(run.glob("checkpoints/step-*/model.safetensors"), key=lambda path: (len(path.parent.name), path))
     if not steps or not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: is neither the folder of an encoder nor a run with a checkpoint")
-    config = configuration.parse(
-        EncoderConfig, configuration.read_yaml(run / "recipe.yaml").get("encoder", {}), source=str(run / "recipe.yaml")
-    )
+    recipe = configuration.read_yaml(run / "recipe.yaml")
+    if recipe.get("level") == "pixels":
+        raise RunError(f"{run}: {_LONGVIT}")
+    config = configuration.parse(EncoderConfig, recipe.get("encoder", {}), source=str(run / "recipe.yaml"))
     log.warning("%s: the run has not finished; taking the teacher at %s", run, steps[-1].parent.name)
     card = EncoderCard(config.model, config, 0, source=f"gigatome, {steps[-1].parent.name} of an unfinished run")
     encoder = restore(card, read_weights(steps[-1]), source=str(steps[-1]))
