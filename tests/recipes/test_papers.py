@@ -88,6 +88,28 @@ def test_giga_ssls_table_3(lines, name, start):
     assert reported(f"gigassl/table3_{name}") == [float(value) for value in found]
 
 
+def test_longvits_table_5(lines):
+    def value(key):
+        return next(line.split("\t")[1] for line in lines["001"] if line.startswith(f"{key}\t"))
+
+    recipe = load_recipe("longvit/pretrain_1024")
+    encoder, fit, views = recipe.encoder, recipe.fit, recipe.dino.views
+    sizes = "Layers", "Hidden size", "FFN inner hidden size", "Attention heads", "Training epochs", "Batch size"
+    ours = encoder.depth, encoder.dim, encoder.ffn_dim, encoder.heads, fit.epochs, fit.batch_size
+    assert [int(value(key).replace(",", "")) for key in sizes] == list(ours)
+    assert float(value("Peak learning rate")) == fit.lr * fit.batch_size / 256
+    assert (fit.lr_scaling, int(value("Warmup epochs"))) == ("linear", fit.warmup_epochs)
+    assert float(value("Drop path")) == recipe.dino.drop_path
+    assert value("Segment lengths") == f"{{{', '.join(map(str, encoder.encoder().attention.segments))}}}"
+    assert value("Dilated ratios") == f"{{{', '.join(map(str, encoder.ratios))}}}"
+    assert (value("Global crops scale"), value("Local crops scale")) == (
+        str(views.global_scale),
+        str(views.local_scale),
+    )
+    stated = [re.match(r"\$?([\d,]+)\^", value(f"{kind} crops size"))[1] for kind in ("Global", "Local")]
+    assert [int(size.replace(",", "")) for size in stated] == [views.global_size, views.local_size]
+
+
 def test_those_of_the_papers_that_report_nothing_say_so():
     silent = [name for name in recipe_names() if not reported(name)]
-    assert silent == ["demo/dino_vit_mini", "kaiko/table7_dino", "kaiko/table7_dinov2"]
+    assert silent == ["demo/dino_vit_mini", "kaiko/table7_dino", "kaiko/table7_dinov2", "longvit/pretrain_1024"]

@@ -24,7 +24,8 @@ def test_the_builtin_recipes():
     hipt = ["hipt/stage1_vit256", "hipt/stage2_vit4096"]
     ablations = ["imagenet_tiles", "no_slide_augmentation", "not_shared"]
     giga = [f"gigassl/{name}" for name in ("moco_resnet18", "pretrain_resnet18", *(f"table3_{it}" for it in ablations))]
-    assert recipe_names() == sorted([*kaiko, *hipt, *giga, "demo/dino_vit_mini", "midnight/midnight12k"])
+    others = ["demo/dino_vit_mini", "longvit/pretrain_1024", "midnight/midnight12k"]
+    assert recipe_names() == sorted([*kaiko, *hipt, *giga, *others])
 
 
 @pytest.mark.parametrize("name", recipe_names())

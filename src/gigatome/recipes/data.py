@@ -14,12 +14,13 @@ from gigatome.embeddings.augmented import AugmentedStore
 from gigatome.embeddings.augmented_stream import AugmentedStream
 from gigatome.embeddings.region_stream import RegionStream
 from gigatome.embeddings.store import EmbeddingStore
+from gigatome.encoders.longvit_zoo import LongVitCard
 from gigatome.encoders.region_zoo import RegionCard
 from gigatome.encoders.slide_zoo import SlideCard
-from gigatome.recipes.schema import AnyRecipe, RegionRecipe, SlideRecipe, TileRecipe
+from gigatome.recipes.schema import AnyRecipe, PixelRecipe, RegionRecipe, SlideRecipe, TileRecipe
 from gigatome.selfsup.dino import Dino, DinoOptions
 from gigatome.selfsup.dinov2 import Dinov2, Dinov2Options
-from gigatome.selfsup.levels import RegionLevel, SlideLevel
+from gigatome.selfsup.levels import PixelLevel, RegionLevel, SlideLevel
 from gigatome.selfsup.moco import Moco, MocoOptions
 from gigatome.selfsup.simclr import Simclr, SimclrOptions
 from gigatome.slides.cohort import Cohort
@@ -43,9 +44,11 @@ class TileData:
         CohortError: the cohort cannot be used.
     """
 
-    def __init__(self, recipe: TileRecipe, data: Data):
+    def __init__(self, recipe: TileRecipe | PixelRecipe, data: Data):
         if isinstance(data, EmbeddingStore | AugmentedStore):
-            raise ConfigError(f"a recipe of level tile learns from slides, not from the embeddings in {data.folder}")
+            raise ConfigError(
+                f"a recipe of level {recipe.level} learns from slides, not from the embeddings in {data.folder}"
+            )
         self.recipe, self.cohort = recipe, Cohort.read(data)
 
     def facts(self) -> dict[str, int]:
@@ -59,6 +62,9 @@ class TileData:
     def method(self) -> Dino | Dinov2 | Moco | Simclr:
         """The method with its initial weights."""
         recipe = self.recipe
+        if isinstance(recipe, PixelRecipe):
+            card = LongVitCard(_short(recipe.name) or "longvit", recipe.encoder, mpp=recipe.tiles.mpp)
+            return Dino(PixelLevel(card, recipe.checkpointing), recipe.dino, seed=recipe.fit.seed)
         more: Mapping[str, Any] = {"seed": recipe.fit.seed, "name": _short(recipe.name), "mpp": recipe.tiles.mpp}
         match recipe.options:
             case DinoOptions() as options:
@@ -202,7 +208,7 @@ class SlideData:
 def open_data(recipe: AnyRecipe, data: Data) -> TileData | RegionData | SlideData:
     """The data that a recipe learns from; raises what the classes above do."""
     match recipe:
-        case TileRecipe():
+        case TileRecipe() | PixelRecipe():
             return TileData(recipe, data)
         case RegionRecipe():
             return RegionData(recipe, data)

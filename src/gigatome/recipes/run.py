@@ -18,13 +18,15 @@ from gigatome.embeddings.augmented_stream import AugmentedStream
 from gigatome.embeddings.region_stream import RegionStream
 from gigatome.encoders.device import usable_device
 from gigatome.encoders.giga import GigaEncoder
+from gigatome.encoders.longvit import LongVit
+from gigatome.encoders.longvit_zoo import open_longvit
 from gigatome.encoders.region_vit import RegionVit
 from gigatome.encoders.region_zoo import open_region_encoder
 from gigatome.encoders.slide_zoo import open_slide_encoder
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
 from gigatome.recipes.data import Data, open_data
-from gigatome.recipes.schema import AnyRecipe, Recipe, RegionRecipe, SlideRecipe
+from gigatome.recipes.schema import AnyRecipe, PixelRecipe, Recipe, RegionRecipe, SlideRecipe
 from gigatome.recipes.watch import Watch, WatchOptions
 from gigatome.selfsup.dino import Dino
 from gigatome.selfsup.dinov2 import Dinov2
@@ -34,7 +36,7 @@ from gigatome.tiles.stream import TileStream
 from gigatome.training.launch import Control, first_process_first, launched, own_device
 from gigatome.training.loop import fit
 
-_DATA = {"tile": "slides", "region": "slides or embeddings", "slide": "slides or embeddings"}
+_DATA = {"tile": "slides", "pixels": "slides", "region": "slides or embeddings", "slide": "slides or embeddings"}
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,12 @@ class Run:
     failures: tuple[Failure, ...] = ()
 
     @property
-    def encoder(self) -> TileEncoder | RegionVit | GigaEncoder:
+    def encoder(self) -> TileEncoder | LongVit | RegionVit | GigaEncoder:
         """The trained encoder (the teacher, if there is one), of the recipe's level."""
         if isinstance(self.recipe, SlideRecipe):
             return open_slide_encoder(self.folder)[0]
+        if isinstance(self.recipe, PixelRecipe):
+            return open_longvit(self.folder)[0]
         if isinstance(self.recipe, RegionRecipe):
             return open_region_encoder(self.folder)[0]
         return load_encoder(self.folder)
@@ -101,7 +105,7 @@ def train(
             the recipe's level or encoder.
     """
     out = Path(out)
-    if job is not None and recipe.level != "tile":
+    if job is not None and not recipe.reads_slides:
         raise ConfigError(f"a recipe of level {recipe.level} needs no tissue; leave the job directory out")
     if watch is not None and isinstance(recipe, SlideRecipe):
         raise ConfigError("a run of level slide is not watched; its metrics.jsonl tells of accuracy and spread anyway")

@@ -12,6 +12,8 @@ from gigatome.core.errors import ConfigError
 from gigatome.embeddings.augmented_stream import AugmentedStreamOptions
 from gigatome.embeddings.region_stream import RegionStreamOptions
 from gigatome.encoders.giga import GigaConfig
+from gigatome.encoders.longnet import Checkpointing
+from gigatome.encoders.longvit import LongVitConfig
 from gigatome.encoders.region_vit import RegionVitConfig
 from gigatome.encoders.vit import EncoderConfig
 from gigatome.selfsup.dino import DinoOptions
@@ -87,17 +89,22 @@ class Recipe:
                 f"there is {' and '.join(sections) or 'none'} (all defaults are written {self.method}: {{}})"
             )
         if self.fit.epoch_images is None and self.level != "slide":
-            raise ValueError(f"fit.epoch_images must be a number, as {self.level}s have no natural epoch")
+            raise ValueError(f"fit.epoch_images must be a number, as {_SOURCES[self.level]} have no natural epoch")
         if self.fit.batch_size < 2 * self.fit.grad_accumulation:
             raise ValueError(
                 f"fit.batch_size {self.fit.batch_size} in {self.fit.grad_accumulation} parts leaves less than 2 "
-                f"{self.level}s to a part; a method needs several to tell them apart: use a larger batch_size"
+                f"{_SOURCES[self.level]} to a part; a method needs several to tell them apart: use a larger batch_size"
             )
 
     @property
     def options(self) -> MethodOptions:
         """Options of the recipe's method."""
         return getattr(self, self.method)
+
+    @property
+    def reads_slides(self) -> bool:
+        """Whether it learns from slides themselves, and not from embeddings."""
+        return _SOURCES[self.level] == "tiles"
 
     def identity(self) -> str:
         """Hash of what decides the trained weights; a run folder is resumed only by the recipe that began it."""
@@ -142,12 +149,32 @@ class TileRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        for key, size in _view_sizes(self.options).items():
-            if size > self.tiles.tile_size:
-                raise ValueError(
-                    f"{self.method}.{key} {size} is larger than the tile of {self.tiles.tile_size} px and would only "
-                    "enlarge it; use smaller views, or a larger tiles.tile_size"
-                )
+        _check_view_sizes(self)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PixelRecipe(Recipe):
+    """A recipe that learns from regions of pixels, large tiles of which a LongViT sees every patch.
+
+    Attributes:
+        encoder: the network.
+        tiles: what is read from the slides.
+        dino: options of DINO.
+        checkpointing: what is kept of a block for the gradient, as of
+            :class:`~gigatome.encoders.longnet.LongNetEncoder`; the weights do not depend on it.
+    """
+
+    method: Literal["dino"]
+    level: Literal["pixels"]
+    encoder: LongVitConfig
+    tiles: StreamOptions
+    dino: DinoOptions
+    checkpointing: Checkpointing = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_view_sizes(self)
 
 
 @final
@@ -204,11 +231,13 @@ class SlideRecipe(Recipe):
     slides: AugmentedStreamOptions = field(default_factory=AugmentedStreamOptions)
 
 
-AnyRecipe = TileRecipe | RegionRecipe | SlideRecipe
+AnyRecipe = TileRecipe | PixelRecipe | RegionRecipe | SlideRecipe
 """A recipe of any level."""
 
-_LEVELS: dict[str, type[AnyRecipe]] = {"tile": TileRecipe, "region": RegionRecipe, "slide": SlideRecipe}
-_SOURCES = {"tile": "tiles", "region": "regions", "slide": "slides"}
+_LEVELS: dict[str, type[AnyRecipe]] = {
+    "tile": TileRecipe, "pixels": PixelRecipe, "region": RegionRecipe, "slide": SlideRecipe,
+}  # fmt: skip
+_SOURCES = {"tile": "tiles", "pixels": "tiles", "region": "regions", "slide": "slides"}
 
 
 def load_recipe(source: str | Path, assignments: Sequence[str] = ()) -> AnyRecipe:
@@ -254,7 +283,7 @@ def _complete_views(values: dict[str, Any], level: str, source: str) -> None:
 
 def _own_views(level: str, options: MethodOptions) -> ViewOptions | GridViewOptions | SlideViewOptions:
     """Views that a method makes at a level unless it is told otherwise."""
-    if level != "tile":
+    if level in ("region", "slide"):
         return GridViewOptions() if level == "region" else SlideViewOptions()
     return default_views("v2") if isinstance(options, SimclrOptions) else _views(options)
 
@@ -266,6 +295,16 @@ def _views(options: MethodOptions) -> ViewOptions:
     if not isinstance(views, ViewOptions):
         raise ValueError(f"views of tiles are made as ViewOptions say, not {type(views).__name__}")
     return views
+
+
+def _check_view_sizes(recipe: TileRecipe | PixelRecipe) -> None:
+    """Raises :class:`ValueError` if a view is larger than a tile."""
+    for key, size in _view_sizes(recipe.options).items():
+        if size > recipe.tiles.tile_size:
+            raise ValueError(
+                f"{recipe.method}.{key} {size} is larger than the tile of {recipe.tiles.tile_size} px and would only "
+                "enlarge it; use smaller views, or a larger tiles.tile_size"
+            )
 
 
 def _view_sizes(options: MethodOptions) -> dict[str, int]:

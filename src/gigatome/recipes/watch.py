@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gigatome.core.errors import ConfigError, EvaluationError
 from gigatome.core.logs import log
 from gigatome.distributed import gather, rank, world_size
+from gigatome.encoders.longvit import LongVit
 from gigatome.encoders.region_vit import RegionVit
 from gigatome.encoders.vit import TileEncoder
 from gigatome.evaluation.collapse import CollapseLimits, find_collapse
@@ -88,7 +89,7 @@ class Watch:
 
     def __init__(
         self,
-        encoder: TileEncoder | RegionVit,
+        encoder: TileEncoder | LongVit | RegionVit,
         stream: Stream,
         options: WatchOptions,
         out: str | Path,
@@ -170,14 +171,14 @@ def _evaluating(encoder: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _encode(encoder: TileEncoder | RegionVit, images: Tensor) -> Tensor:
+def _encode(encoder: TileEncoder | LongVit | RegionVit, images: Tensor) -> Tensor:
     """Embeddings [B, D] of tiles uint8 [B, H, W, 3] or regions [B, rows, columns, D']."""
     if isinstance(encoder, RegionVit):
         return embed_grids(encoder, images.movedim(-1, 1))
     return encoder(encoder.normalise(images))
 
 
-def _draw(stream: Stream, count: int, step: int, encoder: TileEncoder | RegionVit) -> NDArray[Any]:
+def _draw(stream: Stream, count: int, step: int, encoder: TileEncoder | LongVit | RegionVit) -> NDArray[Any]:
     """``count`` images of the stream's batches from ``step`` on: whole regions, or the middle of tiles."""
     images: list[NDArray[Any]] = []
     for batch in stream.batches(step):
@@ -187,7 +188,7 @@ def _draw(stream: Stream, count: int, step: int, encoder: TileEncoder | RegionVi
     return np.stack(images)
 
 
-def _middle(images: NDArray[Any], encoder: TileEncoder | RegionVit) -> NDArray[Any]:
+def _middle(images: NDArray[Any], encoder: TileEncoder | LongVit | RegionVit) -> NDArray[Any]:
     """What the encoder is fed of a batch of tiles; regions whole."""
     if isinstance(encoder, RegionVit):
         return images

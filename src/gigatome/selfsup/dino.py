@@ -17,6 +17,7 @@ from gigatome.core.errors import ConfigError
 from gigatome.core.seeding import torch_seed
 from gigatome.distributed import mean_over_ranks
 from gigatome.encoders.heads import DinoHead
+from gigatome.encoders.longvit import LongVitConfig
 from gigatome.encoders.region_vit import RegionVitConfig
 from gigatome.encoders.vit import EncoderConfig
 from gigatome.selfsup.grid_views import GridViewOptions
@@ -84,7 +85,7 @@ class Dino(nn.Module):
         center: float32 [1, K], moving average of the teacher's logits.
 
     Args:
-        encoder: of the tile or region encoder; or a level, which says more of what is learnt from.
+        encoder: of the tile encoder, LongViT or region encoder; or a level, which says more of what is learnt from.
         options: of the method.
         seed: of the initial weights.
         name: the encoder's name on its card, unless a level says it; by default its timm name.
@@ -98,7 +99,7 @@ class Dino(nn.Module):
 
     def __init__(
         self,
-        encoder: EncoderConfig | RegionVitConfig | Level,
+        encoder: EncoderConfig | LongVitConfig | RegionVitConfig | Level,
         options: DinoOptions = DinoOptions(),
         *,
         seed: int = 0,
@@ -106,7 +107,7 @@ class Dino(nn.Module):
         mpp: tuple[float, ...] = (),
     ):
         super().__init__()
-        known = isinstance(encoder, EncoderConfig | RegionVitConfig)
+        known = isinstance(encoder, EncoderConfig | LongVitConfig | RegionVitConfig)
         self.options, self.level = options, level_of(encoder, name, mpp) if known else encoder
         self.student = _branch(self.level, options, seed, student=True)
         self.teacher = _branch(self.level, options, seed, student=False)

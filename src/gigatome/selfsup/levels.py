@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gigatome.core.errors import ConfigError, RunError
 from gigatome.encoders.giga import GigaEncoder
+from gigatome.encoders.longnet import Checkpointing
+from gigatome.encoders.longvit import LongVit, LongVitConfig
+from gigatome.encoders.longvit_zoo import LongVitCard, save_longvit
 from gigatome.encoders.region_vit import RegionVit, RegionVitConfig
 from gigatome.encoders.region_zoo import RegionCard, save_region_encoder
 from gigatome.encoders.slide_zoo import SlideCard, new_slide_encoder, save_slide_encoder
@@ -77,10 +80,7 @@ class TileLevel:
 
     def check(self, encoder: TileEncoder, options: ViewOptions) -> None:
         """Views must divide into patches."""
-        if not isinstance(options, ViewOptions):
-            raise ConfigError(f"views of tiles are made as ViewOptions say, not {type(options).__name__}")
-        sizes = {"views.global_size": options.global_size, "views.local_size": options.local_size}
-        check_patches(sizes, encoder.patch_size)
+        _check_tile_views(options, encoder.patch_size)
 
     def views(
         self, encoder: TileEncoder, images: Tensor, options: ViewOptions, generator: torch.Generator
@@ -95,6 +95,42 @@ class TileLevel:
     def export(self, encoder: TileEncoder, folder: Path, method: str) -> None:
         """As :func:`gigatome.encoders.zoo.save_encoder`."""
         save_encoder(encoder, folder, source=f"gigatome, {method}", mpp=self.mpp)
+
+
+@final
+@dataclass(frozen=True)
+class PixelLevel:
+    """Regions of pixels, that is large tiles, uint8 [B, H, W, 3], of which a LongViT sees every patch.
+
+    Attributes:
+        card: what is known of the encoder, and its config.
+        checkpointing: what training keeps of a block, as of :class:`~gigatome.encoders.longnet.LongNetEncoder`.
+    """
+
+    card: LongVitCard
+    checkpointing: Checkpointing = "none"
+
+    def build(self, *, drop_path: float, seed: int, initial: bool = True) -> LongVit:
+        """A LongViT of random weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return LongVit(self.card.config, drop_path=drop_path, checkpointing=self.checkpointing)
+
+    def check(self, encoder: LongVit, options: ViewOptions) -> None:
+        """Views must divide into patches."""
+        _check_tile_views(options, encoder.patch_size)
+
+    def views(self, encoder: LongVit, images: Tensor, options: ViewOptions, generator: torch.Generator) -> list[Tensor]:
+        """Normalised views [B, 3, size, size]."""
+        return tile_views(encoder, images, options, generator)
+
+    def embed(self, encoder: LongVit, views: Tensor) -> Tensor:
+        """The means of their tokens."""
+        return encoder(views)
+
+    def export(self, encoder: LongVit, folder: Path, method: str) -> None:
+        """As :func:`gigatome.encoders.longvit_zoo.save_longvit`."""
+        save_longvit(encoder, folder, replace(self.card, source=f"gigatome, {method}"))
 
 
 @final
@@ -197,14 +233,20 @@ class SlideLevel:
         save_slide_encoder(encoder, folder, replace(self.card, source=f"gigatome, {method}"), tile=tile)
 
 
-def level_of(encoder: EncoderConfig | RegionVitConfig, name: str | None, mpp: tuple[float, ...]) -> Level:
+def level_of(
+    encoder: EncoderConfig | LongVitConfig | RegionVitConfig, name: str | None, mpp: tuple[float, ...]
+) -> Level:
     """The level of an encoder, of which no more is known."""
     if isinstance(encoder, EncoderConfig):
         return TileLevel(encoder, name, mpp)
+    if isinstance(encoder, LongVitConfig):
+        return PixelLevel(LongVitCard(name or "longvit", encoder, mpp=mpp))
     return RegionLevel(RegionCard(name or "region-vit", encoder, mpp=next(iter(mpp), 0.5)))
 
 
-def tile_views(encoder: TileEncoder, images: Tensor, options: ViewOptions, generator: torch.Generator) -> list[Tensor]:
+def tile_views(
+    encoder: TileEncoder | LongVit, images: Tensor, options: ViewOptions, generator: torch.Generator
+) -> list[Tensor]:
     """Views of tiles as of :func:`~gigatome.selfsup.views.multi_crop`, normalised as the encoder wants them.
 
     Raises:
@@ -213,6 +255,14 @@ def tile_views(encoder: TileEncoder, images: Tensor, options: ViewOptions, gener
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise RunError(f"this run learns from tiles, uint8 [B, H, W, 3], and its stream gives {_described(images)}")
     return multi_crop(images, options, generator, encoder.mean, encoder.std)
+
+
+def _check_tile_views(options: ViewOptions, patch_size: int) -> None:
+    """Raises :class:`ConfigError` if these are no views of tiles, or do not divide into patches."""
+    if not isinstance(options, ViewOptions):
+        raise ConfigError(f"views of tiles are made as ViewOptions say, not {type(options).__name__}")
+    sizes = {"views.global_size": options.global_size, "views.local_size": options.local_size}
+    check_patches(sizes, patch_size)
 
 
 def _described(images: Tensor) -> str:
