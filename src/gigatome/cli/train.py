@@ -11,10 +11,12 @@ from gigatome.cli.progress import progress_bar
 
 def train(
     recipe: str = typer.Argument(help="Name of a built-in recipe (gigatome recipes list), or path of a YAML file."),
-    data: str = typer.Option(
-        ..., "--data", help="Cohort: CSV, folder, glob, or bucket prefix; for level region the folder of grids."
+    data: str | None = typer.Option(
+        None,
+        "--data",
+        help="Cohort: CSV, folder, glob, or bucket prefix; for level region the folder of grids. Needed unless --plan.",
     ),
-    out: Path | None = typer.Option(None, "--out", "-o", help="Run folder; needed unless --dry-run."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Run folder; needed unless --dry-run or --plan."),
     assignments: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Change a value of the recipe."),
     steps: int | None = typer.Option(None, help="Length of the run in steps, in place of the recipe's."),
     device: str | None = typer.Option(None, help="Short for --set fit.device=NAME, such as cuda."),
@@ -34,6 +36,12 @@ def train(
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Check recipe, table and network; print what would be done. Opens no slide."
     ),
+    planned: bool = typer.Option(
+        False, "--plan", help="Of a LongViT recipe: print what a step takes (tokens, operations, memory), and end."
+    ),
+    max_memory: str | None = typer.Option(
+        None, metavar="SIZE", help="As --plan, for devices of so much memory, such as 40GB; says what makes it fit."
+    ),
 ) -> None:
     """Train an encoder on tiles read from the slides as they are needed, or on regions of embedded tiles.
 
@@ -41,6 +49,7 @@ def train(
     the run after saving; queue it again with --resume.
     """
     from gigatome import config
+    from gigatome.recipes.longvit_plan import plan_text
     from gigatome.recipes.run import plan
     from gigatome.recipes.run import train as run_training
     from gigatome.recipes.schema import load_recipe
@@ -56,9 +65,14 @@ def train(
     watching = WatchOptions(labelled=labelled, tensorboard=tensorboard, wandb=wandb) if watch is not None else None
     loaded = load_recipe(recipe, changes)
     console = Console(highlight=False, quiet=launch_rank() > 0)
-    if loaded.level != "tile" and slide_mpp is not None:
+    if planned or max_memory is not None:
+        console.print(plan_text(loaded, launch_size(), max_memory), soft_wrap=True, markup=False)
+        return
+    if data is None:
+        raise typer.BadParameter("say what to learn from", param_hint="--data")
+    if not loaded.reads_slides and slide_mpp is not None:
         raise typer.BadParameter(f"a recipe of level {loaded.level} reads no slides", param_hint="--slide-mpp")
-    source = cohort_of(data, slide_mpp) if loaded.level == "tile" else data
+    source = cohort_of(data, slide_mpp) if loaded.reads_slides else data
     if dry_run:
         console.print(config.to_yaml(loaded), soft_wrap=True, markup=False)
         for key, value in plan(loaded, source).items():

@@ -166,21 +166,21 @@ def suggest(
         least = plan if least is None or plan.memory < least.memory else least
     assert least is not None  # noqa: S101 - there is one count at least
     raise ConfigError(
-        f"{tokens:,} tokens do not fit into {_size(max_memory)} on any of up to {most_ranks} processes; they take "
-        f'{_size(least.memory)} with {least.ranks} processes and checkpointing "{least.checkpointing}"'
+        f"{tokens:,} tokens do not fit into {size_text(max_memory)} on any of up to {most_ranks} processes; they take "
+        f'{size_text(least.memory)} with {least.ranks} processes and checkpointing "{least.checkpointing}"'
     )
 
 
 def memory_advice(config: LongNetConfig, plan: Plan, max_memory: int) -> str:
     """What to say when a plan does not fit, or has run out of memory: what it takes, and the plan that fits."""
-    said = f"{plan.tokens:,} tokens take about {_size(plan.memory)} on each of {plan.ranks} processes"
+    said = f"{plan.tokens:,} tokens take about {size_text(plan.memory)} on each of {plan.ranks} processes"
     try:
         fits = suggest(config, plan.tokens, max_memory=max_memory, precision=plan.precision, batch=plan.batch)
     except ConfigError as error:
-        return f"{said}, and there are {_size(max_memory)}; {error}"
+        return f"{said}, and there are {size_text(max_memory)}; {error}"
     return (
-        f"{said}, and there are {_size(max_memory)}; the plan that fits: {fits.ranks} processes for a sequence and "
-        f'checkpointing "{fits.checkpointing}", {_size(fits.memory)} on each'
+        f"{said}, and there are {size_text(max_memory)}; the plan that fits: {fits.ranks} processes for a sequence and "
+        f'checkpointing "{fits.checkpointing}", {size_text(fits.memory)} on each'
     )
 
 
@@ -196,6 +196,12 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def size_text(count: float) -> str:
+    """Bytes in words."""
+    unit = next((unit for unit in ("tb", "gb", "mb", "kb") if count >= _UNITS[unit]), "b")
+    return f"{count / _UNITS[unit]:.3g} {unit.upper().replace('K', 'k')}"
+
+
 def plan_table(plan: Plan, flops_per_s: float | None = None) -> str:
     """A plan in words, one line for each thing; with a time if the speed of a process is given."""
     held = f"{plan.tokens_per_rank:,} on each of {plan.ranks} processes" if plan.ranks > 1 else "on one process"
@@ -203,9 +209,9 @@ def plan_table(plan: Plan, flops_per_s: float | None = None) -> str:
         "tokens": f"{plan.tokens:,} × {plan.batch}, {held}",
         "computed in": f'{plan.precision}, checkpointing "{plan.checkpointing}"',
         "arithmetic": f"{plan.forward_flops / 1e12:,.4g} TFLOP forward, {plan.backward_flops / 1e12:,.4g} backward",
-        "memory": f"{_size(plan.memory)}: {_size(plan.parameter_bytes)} parameters, {_size(plan.optimizer_bytes)} "
-        f"gradients and optimiser, {_size(plan.activation_bytes)} activations",
-        "received": f"{_size(plan.communication_bytes)} a step",
+        "memory": f"{size_text(plan.memory)}: {size_text(plan.parameter_bytes)} parameters, "
+        f"{size_text(plan.optimizer_bytes)} gradients and optimiser, {size_text(plan.activation_bytes)} activations",
+        "received": f"{size_text(plan.communication_bytes)} a step",
     }
     if flops_per_s is not None:
         lines["time"] = f"{plan.seconds(flops_per_s):,.3g} s a step at {flops_per_s / 1e12:,.4g} TFLOP/s"
@@ -278,9 +284,3 @@ def _activations(config: LongNetConfig, own: int, batch: int, e: int, checkpoint
     copies = 8 * 4 * dim * min(own, dilated.tokens_at_once(heads))
     in_attention = own * (16 * dim + 2 * e * dim + (6 * dim if e == 2 else 0)) + copies
     return batch * ((config.depth - 1) * kept + attention + max(in_feed_forward, in_attention))
-
-
-def _size(count: float) -> str:
-    """Bytes in words."""
-    unit = next((unit for unit in ("tb", "gb", "mb", "kb") if count >= _UNITS[unit]), "b")
-    return f"{count / _UNITS[unit]:.3g} {unit.upper().replace('K', 'k')}"
