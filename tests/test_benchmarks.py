@@ -111,6 +111,14 @@ def test_bench_giga():
     assert all(item["views_per_second"] > 0 and item["epoch_seconds"] > 0 for item in ours)
 
 
+@pytest.mark.slow
+def test_giga_works(tmp_path):
+    size = ("--slides", 48, "--batch-size", 8, "--steps", 4, "--draws", 2, "--seeds", 2, "--tiles", 8)
+    run("giga_works", "--tasks", "arrangement", "confounder", "--poolings", "mlp", *size, "--write", tmp_path)
+    (written,) = tmp_path.glob("works_*_??????.md")
+    assert "| arrangement | mlp, Giga-SSL | 2 | " in written.read_text(encoding="utf-8")
+
+
 def test_bench_sparse(tmp_path):
     pytest.importorskip("torch")
     assert json.loads(run("bench_sparse", "--tiny", "--write", tmp_path))
