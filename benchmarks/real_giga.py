@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.left_out import KNN, LINEAR, Labelled, left_out
 from benchmarks.output import add_write, listed, row, write_result
-from benchmarks.real_tissue import KNN, LINEAR, Labelled, left_out
 from gigatome.core.job import TilesDir
 from gigatome.core.seeding import generator, torch_seed
 from gigatome.embeddings.augmented import AugmentedStore, write_augmented

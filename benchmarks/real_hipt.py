@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.left_out import KNN, Labelled, left_out
 from benchmarks.output import add_write, listed, row, write_result
-from benchmarks.real_tissue import KNN, Labelled, left_out
 from gigatome.embeddings.encoding import encode_grids
 from gigatome.embeddings.extract_regions import embed_regions
 from gigatome.embeddings.regions import RegionBag, read_regions

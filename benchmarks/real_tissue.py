@@ -45,6 +45,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.left_out import KNN, LINEAR, Labelled, left_out
 from benchmarks.output import add_write, listed, row, write_result
 from gigatome.core.extras import require
 from gigatome.core.job import Job
@@ -54,8 +55,7 @@ from gigatome.embeddings.reading import SlideTiles
 from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
 from gigatome.encoders.zoo import load_encoder
 from gigatome.evaluation.metrics import balanced_accuracy
-from gigatome.evaluation.probes import Knn, LinearProbe, Probe, fit_predict
-from gigatome.evaluation.splits import leave_one_out
+from gigatome.evaluation.probes import fit_predict
 from gigatome.evaluation.unsupervised import rankme
 from gigatome.recipes.run import train
 from gigatome.recipes.schema import Recipe, load_recipe
@@ -65,7 +65,6 @@ from gigatome.tiles.bench_result import machine
 from gigatome.tiles.grid import GridOptions, tile_cohort
 
 SMALL = "small"
-LINEAR, KNN = LinearProbe(C=0.01, balanced=True), Knn(k=20)
 VIEWS = [
     "local_views=4", "global_scale=[0.4, 1.0]", "local_scale=[0.1, 0.4]", "hed_probability=0.5", "brightness=0.3",
     "contrast=0.3", "saturation=0.2", "hue=0.1", "grayscale=0.3", "blur=[0.3, 0.1, 0.3]",
@@ -75,23 +74,6 @@ FIGURES = {
     "halves_grey": "halves, grey", "near_class": "neighbours of the class", "near_slide": "of the slide",
     "rankme": "RankMe",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Parts of slides, and what is known of the slides.
-
-    Attributes:
-        slide: [N], which slide.
-        target: of each slide, as a number.
-        patients: of each slide.
-        classes: names of the targets.
-    """
-
-    slide: NDArray[np.int64]
-    target: NDArray[np.int64]
-    patients: tuple[str, ...]
-    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -244,21 +226,6 @@ def embedded(encoder: TileEncoder, images: NDArray[np.uint8], device: str) -> ND
 def colour_statistics(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Mean and deviation of each channel [N, 6]."""
     return np.concatenate([images.mean((1, 2)), images.std((1, 2))], axis=1).astype(np.float32)
-
-
-def left_out(samples: Labelled, x: NDArray[np.float32], probe: Probe) -> NDArray[np.float64]:
-    """Probabilities [N, classes] of the target, each tile's by a head that has not seen its patient."""
-    labels = [samples.classes[target] for target in samples.target]
-    y, p = samples.target[samples.slide], np.full((len(x), len(samples.classes)), np.nan)
-    for train_slides, test_slides in leave_one_out(samples.patients, labels):
-        known, tested = np.isin(samples.slide, train_slides), np.isin(samples.slide, test_slides)
-        scaled = (x - x[known].mean(0)) / (x[known].std(0) + 1e-9)
-        found = fit_predict(probe, scaled[known], y[known], scaled[tested], len(samples.classes))
-        if isinstance(probe, Knn):
-            found = found / np.bincount(y[known])
-            found /= found.sum(1, keepdims=True)
-        p[tested] = found
-    return p
 
 
 def halves(samples: Samples, x: NDArray[np.float32]) -> float:

@@ -51,12 +51,10 @@ def heatmap(
     from gigatome.slides.slide import open_slide
 
     wanted = [level.strip() for level in levels.split(",") if level.strip()]
+    attention = config.parse(AttentionOptions, {"rank": rank, "shifts": shifts}, source="heatmap")
     shared: dict[str, Any] = {
-        "tile_size": tile_size,
-        "geojson": geojson,
-        "attention": config.parse(AttentionOptions, {"rank": rank, "shifts": shifts}, source="heatmap"),
-        "device": device,
-    }
+        "tile_size": tile_size, "geojson": geojson, "attention": attention, "device": device
+    }  # fmt: skip
     hierarchy: dict[str, Any] = {"region_shifts": region_shifts, "combine": combine, "label": label}
     hierarchy["weights"] = _weights(weights)
     if head is not None:
@@ -69,19 +67,9 @@ def heatmap(
             make_heatmap(opened, model, out, mpp=scale, overlay=overlay, progress=progress, **shared)
         else:
             hierarchical_heatmap(
-                opened,
-                model,
-                out,
-                levels=wanted,
-                tile_encoder=tile_encoder,
-                slide_model=slide_model,
-                mpp=mpp,
-                ome=ome,
-                values=values,
-                hierarchy=options,
-                progress=progress,
-                **shared,
-            )
+                opened, model, out, levels=wanted, tile_encoder=tile_encoder, slide_model=slide_model, mpp=mpp,
+                ome=ome, values=values, hierarchy=options, progress=progress, **shared,
+            )  # fmt: skip
     Console(highlight=False).print(out, soft_wrap=True)
 
 

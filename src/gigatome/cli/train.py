@@ -1,12 +1,16 @@
 """``gigatome train``."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
 from gigatome.cli.options import SlideMpp, cohort_of
 from gigatome.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from gigatome.recipes.run import Run
 
 
 def train(
@@ -54,16 +58,12 @@ def train(
     from gigatome.recipes.run import train as run_training
     from gigatome.recipes.schema import load_recipe
     from gigatome.recipes.watch import WatchOptions
-    from gigatome.training.launch import PREEMPTED, launch_rank, launch_size
+    from gigatome.training.launch import launch_rank, launch_size
 
-    changes = list(assignments)
-    changes += [f"fit.steps={steps}", "fit.epochs=null"] if steps is not None else []
-    changes += [f"fit.device={device}"] if device is not None else []
-    changes += [f"fit.evaluate_every={watch}"] if watch is not None else []
     if watch is None and (labelled or tensorboard or wandb):
         raise typer.BadParameter("say how often, as --watch 500", param_hint="--watch")
     watching = WatchOptions(labelled=labelled, tensorboard=tensorboard, wandb=wandb) if watch is not None else None
-    loaded = load_recipe(recipe, changes)
+    loaded = load_recipe(recipe, [*assignments, *_changes(steps, device, watch)])
     console = Console(highlight=False, quiet=launch_rank() > 0)
     if planned or max_memory is not None:
         console.print(plan_text(loaded, launch_size(), max_memory), soft_wrap=True, markup=False)
@@ -82,6 +82,20 @@ def train(
         raise typer.BadParameter("give a run folder with -o, or pass --dry-run", param_hint="--out")
     with progress_bar() as progress:
         run = run_training(loaded, source, out, resume=resume, job=job, watch=watching, progress=progress)
+    _report(run, console)
+
+
+def _changes(steps: int | None, device: str | None, watch: int | None) -> list[str]:
+    """Assignments that options are short for."""
+    length = [f"fit.steps={steps}", "fit.epochs=null"] if steps is not None else []
+    given = {"fit.device": device, "fit.evaluate_every": watch}
+    return [*length, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+
+
+def _report(run: "Run", console: Console) -> None:
+    """Says how a run ended, by words and exit status."""
+    from gigatome.training.launch import PREEMPTED, launch_size
+
     console.print(f"{run.folder}: step {run.step} of {run.recipe.fit.total_steps}", soft_wrap=True)
     if not run.finished:
         console.print("Stopped by a signal after saving; go on with --resume.")
