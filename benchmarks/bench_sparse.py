@@ -3,7 +3,8 @@
 Maps of several sides, of which a part is active, either in patches as tissue lies on a slide or scattered. Two jobs,
 forward and backward, in float32:
 
-- a 3 × 3 submanifold convolution: gigatome's, PyTorch's on the whole map, and spconv's where it is installed;
+- a 3 × 3 submanifold convolution, and its forward alone: gigatome's, PyTorch's on the whole map, and spconv's where it
+  is installed, with gradients on a GPU only, as it has none without;
 - layer 4 of a ResNet-18 and the mean: gigatome's, and timm's on the whole map.
 
 And a training batch of 512 views of 5 tiles through gigatome's layer 4. ``with joints`` finds out anew what meets what,
@@ -19,6 +20,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -36,6 +38,7 @@ CHANNELS = 256
 OURS, OURS_WITH_JOINTS, DENSE, SPCONV = "gigatome", "gigatome, with joints", "dense", "spconv"
 
 Job = Callable[[], object]
+Run = Callable[[Callable[[Tensor], Tensor], Tensor], Job]
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,18 @@ def trained(job: Callable[[Tensor], Tensor], x: Tensor) -> Job:
     return run
 
 
-def convolution_arms(places: Tensor, side: int, device: str) -> dict[str, Job]:
-    """The arms of a 3 × 3 submanifold convolution."""
+def forward_only(job: Callable[[Tensor], Tensor], x: Tensor) -> Job:
+    """Forward alone, without gradients."""
+
+    def run() -> None:
+        with torch.no_grad():
+            job(x)
+
+    return run
+
+
+def convolution_arms(places: Tensor, side: int, device: str, run: Run = trained) -> dict[str, Job]:
+    """The arms of a 3 × 3 submanifold convolution; on a CPU spconv has no gradients."""
     bounds = torch.tensor([0, len(places)], device=device)
     places = places.to(device)
     cells = map_cells(places, bounds, shifted=False)[0]
@@ -94,12 +107,12 @@ def convolution_arms(places: Tensor, side: int, device: str) -> dict[str, Job]:
     mask = (dense != 0).any(1, keepdim=True)
     pairs = cells.neighbours
     arms = {
-        OURS: trained(lambda x: convolve(x, weight, pairs), values.clone()),
-        OURS_WITH_JOINTS: trained(lambda x: convolve(x, weight, Cells(cells.keys, 1).neighbours), values.clone()),
-        DENSE: trained(lambda x: F.conv2d(x, plain, padding=1) * mask, dense),
+        OURS: run(lambda x: convolve(x, weight, pairs), values.clone()),
+        OURS_WITH_JOINTS: run(lambda x: convolve(x, weight, Cells(cells.keys, 1).neighbours), values.clone()),
+        DENSE: run(lambda x: F.conv2d(x, plain, padding=1) * mask, dense),
     }
-    if has_spconv():
-        arms[SPCONV] = spconv_arm(values, cells, side)
+    if has_spconv() and (run is forward_only or device.startswith("cuda")):
+        arms[SPCONV] = run(spconv_layer(cells, side, device), values.clone())
     return arms
 
 
@@ -107,17 +120,13 @@ def has_spconv() -> bool:
     return importlib.util.find_spec("spconv") is not None
 
 
-def spconv_arm(values: Tensor, cells: Cells, side: int) -> Job:
+def spconv_layer(cells: Cells, side: int, device: str) -> Callable[[Tensor], Tensor]:
     """spconv's submanifold convolution; it keeps what meets what under its key."""
     spconv = importlib.import_module("spconv.pytorch")
-    layer = spconv.SubMConv2d(CHANNELS, CHANNELS, 3, bias=False, indice_key="map").to(values.device)
+    layer = spconv.SubMConv2d(CHANNELS, CHANNELS, 3, bias=False, indice_key="map").to(device)
     indices = F.pad(cells.places.flip(1), (1, 0)).int().contiguous()
     known: dict[Any, Any] = {}
-
-    def forward(x: Tensor) -> Tensor:
-        return layer(spconv.SparseConvTensor(x, indices, [side, side], 1, indice_dict=known)).features
-
-    return trained(forward, values.clone())
+    return lambda x: layer(spconv.SparseConvTensor(x, indices, [side, side], 1, indice_dict=known)).features
 
 
 def layer_arms(places: Tensor, side: int, device: str) -> dict[str, Job]:
@@ -181,7 +190,9 @@ def measure_all(options: argparse.Namespace) -> list[Measured]:
             for occupancy in options.occupancies:
                 places = active_cells(side, occupancy, pattern)
                 about = {"pattern": pattern, "side": side, "occupancy": occupancy}
-                for job, make in (("convolution", convolution_arms), ("layer 4", layer_arms)):
+                forward = partial(convolution_arms, run=forward_only)
+                jobs = {"convolution": convolution_arms, "convolution, forward": forward, "layer 4": layer_arms}
+                for job, make in jobs.items():
                     arms = make(places, side, options.device)
                     found += measure(arms, options.rounds, options.device, job=job, **about)
     arms = view_arms(options.views, 5, max(options.sides), options.device)
@@ -197,8 +208,8 @@ def markdown(found: list[Measured], command: str, conditions: dict[str, Any]) ->
         "",
         f"`{command}`, {datetime.date.today():%Y-%m-%d}. {listed(conditions)}.",
         "",
-        f"Forward and backward, {CHANNELS} channels, one map, see `benchmarks/bench_sparse.py`. Ratios: seconds over "
-        "gigatome's, medians of interleaved rounds.",
+        f"Forward and backward, unless it says forward, {CHANNELS} channels, one map, see `benchmarks/bench_sparse.py`.",
+        "Ratios: seconds over gigatome's, medians of interleaved rounds.",
         "",
         "| | cells | side | active | arm | seconds | × |",
         "|---|---|---|---|---|---|---|",
