@@ -208,7 +208,7 @@ def markdown(found: list[Measured], command: str, conditions: dict[str, Any]) ->
         "",
         f"`{command}`, {datetime.date.today():%Y-%m-%d}. {listed(conditions)}.",
         "",
-        f"Forward and backward, unless it says forward, {CHANNELS} channels, one map, see `benchmarks/bench_sparse.py`.",
+        f"Forward and backward, or forward alone, {CHANNELS} channels, one map, see `benchmarks/bench_sparse.py`.",
         "Ratios: seconds over gigatome's, medians of interleaved rounds.",
         "",
         "| | cells | side | active | arm | seconds | × |",
