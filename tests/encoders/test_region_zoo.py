@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from gigatome import config
 from gigatome.core.errors import ConfigError, RunError, StoreError
+from gigatome.encoders.on_tiles import tile_encoder_of
 from gigatome.encoders.region_vit import RegionVit, RegionVitConfig
 from gigatome.encoders.region_zoo import (
     RegionCard,
@@ -17,7 +18,6 @@ from gigatome.encoders.region_zoo import (
     region_digest,
     region_name,
     save_region_encoder,
-    tile_encoder_of,
 )
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.encoders.zoo import encoder_digest, load_encoder, save_encoder

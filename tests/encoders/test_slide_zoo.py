@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.encoders.giga import GigaConfig, build_giga
+from gigatome.encoders.on_tiles import tile_encoder_of
 from gigatome.encoders.region_vit import RegionVit, RegionVitConfig
 from gigatome.encoders.region_zoo import RegionCard, save_region_encoder
 from gigatome.encoders.slide_zoo import (
@@ -19,7 +20,6 @@ from gigatome.encoders.slide_zoo import (
     save_slide_encoder,
     slide_digest,
     slide_name,
-    tile_encoder_of,
 )
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.encoders.zoo import encoder_digest, save_encoder

@@ -16,8 +16,9 @@ from gigatome import config
 from gigatome.cli.main import app
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.embeddings.store import Bag, write_bag
+from gigatome.encoders.on_tiles import tile_encoder_of
 from gigatome.encoders.region_vit import RegionVit, RegionVitConfig
-from gigatome.encoders.region_zoo import open_region_encoder, tile_encoder_of
+from gigatome.encoders.region_zoo import open_region_encoder
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.encoders.zoo import encoder_digest, save_encoder
 from gigatome.recipes.main_job import run_main_job

@@ -16,7 +16,8 @@ from gigatome.cli.main import app
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.embeddings.augmented_files import pack_augmented
 from gigatome.encoders.giga import GigaConfig
-from gigatome.encoders.slide_zoo import open_slide_encoder, slide_digest, tile_encoder_of
+from gigatome.encoders.on_tiles import tile_encoder_of
+from gigatome.encoders.slide_zoo import open_slide_encoder, slide_digest
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.encoders.zoo import encoder_digest, save_encoder
 from gigatome.recipes.run import plan, train

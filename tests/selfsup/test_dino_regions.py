@@ -12,8 +12,9 @@ import torch
 
 from gigatome.core.errors import ConfigError, RunError
 from gigatome.embeddings.region_stream import RegionStream
+from gigatome.encoders.on_tiles import tile_encoder_of
 from gigatome.encoders.region_vit import RegionVitConfig
-from gigatome.encoders.region_zoo import RegionCard, open_region_encoder, tile_encoder_of
+from gigatome.encoders.region_zoo import RegionCard, open_region_encoder
 from gigatome.encoders.vit import EncoderConfig, build_encoder
 from gigatome.encoders.zoo import encoder_digest, save_encoder
 from gigatome.selfsup.dino import Dino, DinoOptions

@@ -118,7 +118,8 @@ def _embed_slides(context: typer.Context) -> None:
     from gigatome.embeddings.extract import embed as embed_tiles
     from gigatome.embeddings.slide_store import holds_embeddings
     from gigatome.embeddings.slide_vectors import SlideVectorOptions, embed_slide_vectors, tiles_for
-    from gigatome.encoders.slide_zoo import open_slide_encoder, tile_encoder_of
+    from gigatome.encoders.on_tiles import tile_encoder_of
+    from gigatome.encoders.slide_zoo import open_slide_encoder
 
     given = dict(context.params)
     chosen = {"views": given["views"], "tiles": given["view_tiles"], "drawing": given["drawing"], "seed": given["seed"]}

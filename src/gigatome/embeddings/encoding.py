@@ -1,6 +1,5 @@
 """An encoder as the extraction uses it: its name and hash in files, and tiles through it on a device."""
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from gigatome.core.errors import ConfigError
 from gigatome.encoders.device import usable_device
+from gigatome.encoders.folders import weights_digest
 from gigatome.encoders.longvit import LongVit
 from gigatome.encoders.longvit_zoo import longvit_digest
 from gigatome.encoders.region_vit import RegionVit
@@ -155,8 +155,4 @@ def try_out(model: nn.Module, maker: Maker, tile_size: int, *, device: str, prec
 
 def _digest(model: nn.Module) -> str:
     """Hash of the weights of a module that is not ours."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return weights_digest(type(model).__name__, model.state_dict())

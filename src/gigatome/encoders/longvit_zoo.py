@@ -3,24 +3,26 @@
 A folder holds ``encoder.safetensors``, with the authors' keys, and ``encoder.json``, the card.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from gigatome import config as configuration
-from gigatome.blob.store import atomic_path, write_atomic
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.core.logs import log
+from gigatome.encoders.folders import (
+    CARD_FILE,
+    check_digest,
+    find_folder,
+    last_checkpoint,
+    read_folder,
+    weights_digest,
+    write_folder,
+)
 from gigatome.encoders.longvit import LongVit, LongVitConfig, load_longvit
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
 
-_WEIGHTS, _CARD = "encoder.safetensors", "encoder.json"
 _MODEL = "?model=longvit"  # after a file of weights
 
 
@@ -45,12 +47,8 @@ class LongVitCard:
 
 def save_longvit(encoder: LongVit, folder: str | Path, card: LongVitCard) -> None:
     """Writes a LongViT and its card into ``folder``."""
-    folder = Path(folder)
-    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    with atomic_path(folder / _WEIGHTS) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
     content = {"level": "pixels", "card": configuration.to_dict(card), "digest": longvit_digest(encoder)}
-    write_atomic(folder / _CARD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_folder(Path(folder), encoder, content)
 
 
 def open_longvit(spec: str | Path) -> tuple[LongVit, LongVitCard]:
@@ -71,7 +69,7 @@ def open_longvit(spec: str | Path) -> tuple[LongVit, LongVitCard]:
         return model, LongVitCard(path.stem, model.config, source=path.name)
     if not path.is_dir():
         raise StoreError(f"{spec}: no such LongViT; give a run folder, the folder of one, or a file of weights")
-    folder = _folder(path)
+    folder = find_folder(path)
     return _read_folder(folder) if folder else _read_unfinished(path)
 
 
@@ -88,50 +86,37 @@ def longvit_digest(encoder: LongVit) -> str:
     """Hash of all that decides an embedding, weights and normalisation: 16 hexadecimal digits."""
     seen = asdict(encoder.config) | {"segments": encoder.config.encoder().attention.segments}
     del seen["image_size"]  # which only chooses the segments
-    digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode())
-    for key, value in sorted(encoder.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _folder(path: Path) -> Path | None:
-    return next((folder for folder in (path, path / "encoder") if (folder / _CARD).is_file()), None)
+    return weights_digest(json.dumps(seen, sort_keys=True), encoder.state_dict())
 
 
 def _is_longvit(spec: str) -> bool:
     path = Path(spec)
     if spec.endswith(_MODEL) or not path.is_dir():
         return spec.endswith(_MODEL)
-    folder = _folder(path)
+    folder = find_folder(path)
     try:
         if folder is not None:
-            return json.loads((folder / _CARD).read_text(encoding="utf-8")).get("level") == "pixels"
+            return json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get("level") == "pixels"
         return configuration.read_yaml(path / "recipe.yaml").get("level") == "pixels"
     except (OSError, ValueError, AttributeError, ConfigError):
         return False  # whoever opens it says what is wrong
 
 
 def _read_folder(folder: Path) -> tuple[LongVit, LongVitCard]:
-    try:
-        content = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        if (level := content.get("level", "tile")) != "pixels":
-            raise RunError(f"{folder}: is an encoder of {level}s, no LongViT; give the run of a recipe of level pixels")
-        card = configuration.parse(LongVitCard, content["card"], source=str(folder / _CARD))
-        weights = load_file(folder / _WEIGHTS)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError, ConfigError) as error:
-        raise RunError(f"{folder}: cannot be read as a LongViT: {error}") from error
+    card, weights, digest = read_folder(folder, LongVitCard, what="a LongViT", refusal=_refusal)
     encoder = load_longvit(weights, card.config)
-    if longvit_digest(encoder) != content["digest"]:
-        raise RunError(f"{folder}: {_WEIGHTS} and {_CARD} do not belong together; write the encoder again")
+    check_digest(folder, longvit_digest(encoder), digest)
     return encoder, card
+
+
+def _refusal(level: str) -> str:
+    wanted = "no LongViT; give the run of a recipe of level pixels"
+    return "" if level == "pixels" else f"is an encoder of {level}s, {wanted}"
 
 
 def _read_unfinished(run: Path) -> tuple[LongVit, LongVitCard]:
     """The teacher in the last checkpoint of a run that has not written its encoder yet."""
-    steps = sorted(run.glob("checkpoints/step-*/model.safetensors"), key=lambda path: (len(path.parent.name), path))
-    if not steps or not (run / "recipe.yaml").is_file():
-        raise RunError(f"{run}: is neither the folder of a LongViT nor a run with a checkpoint")
+    last = last_checkpoint(run, "a LongViT")
     recipe = configuration.read_yaml(run / "recipe.yaml")
     if (level := recipe.get("level", "tile")) != "pixels":
         raise RunError(f"{run}: trains an encoder of {level}s, no LongViT; give the run of a recipe of level pixels")
@@ -139,8 +124,8 @@ def _read_unfinished(run: Path) -> tuple[LongVit, LongVitCard]:
         "name": str(recipe.get("name", "")).replace("/", "-") or "longvit",
         "config": recipe.get("encoder", {}),
         "mpp": recipe.get("tiles", {}).get("mpp", []),
-        "source": f"gigatome, {steps[-1].parent.name} of an unfinished run",
+        "source": f"gigatome, {last.parent.name} of an unfinished run",
     }
     card = configuration.parse(LongVitCard, values, source=str(run / "recipe.yaml"))
-    log.warning("%s: the run has not finished; taking the teacher at %s", run, steps[-1].parent.name)
-    return load_longvit(steps[-1], card.config), card
+    log.warning("%s: the run has not finished; taking the teacher at %s", run, last.parent.name)
+    return load_longvit(last, card.config), card

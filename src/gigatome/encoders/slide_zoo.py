@@ -4,9 +4,7 @@ A folder holds ``encoder.safetensors``, ``encoder.json``, the card, and, where i
 encoder's own folder as ``tile/``; so one path is enough to go from pixels to slides.
 """
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,19 +14,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gigatome import config as configuration
-from gigatome.blob.store import atomic_path, write_atomic
-from gigatome.core.errors import ConfigError, RunError, StoreError
+from gigatome.core.errors import RunError, StoreError
 from gigatome.core.logs import log
+from gigatome.encoders.folders import (
+    WEIGHTS_FILE,
+    check_digest,
+    find_folder,
+    last_checkpoint,
+    read_folder,
+    unique_name,
+    weights_digest,
+)
 from gigatome.encoders.giga import GigaConfig, GigaEncoder, build_giga, from_resnet, load_gigassl
+from gigatome.encoders.on_tiles import check_tiles, weights_with_tiles, write_with_tiles
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.weights import load_weights, read_weights
-from gigatome.encoders.zoo import load_encoder, save_encoder
+from gigatome.encoders.zoo import load_encoder
 
-_WEIGHTS, _CARD, _TILE = "encoder.safetensors", "encoder.json", "tile"
 _TRAINED = "student.encoder."  # in a checkpoint
 
 Frame = Literal["tile", "authors_training", "authors_inference"]
@@ -88,16 +94,7 @@ class SlideCard:
             dim: size of its embeddings.
             where: what holds the embeddings, for the message.
         """
-        if dim != self.config.input_dim:
-            raise ConfigError(
-                f"{where}: embeddings of {dim} numbers by {encoder}; {self.name} takes {self.config.input_dim}"
-                + (f" by {self.tile_encoder}" if self.tile_encoder else "")
-            )
-        if self.tile_weights and weights and weights != self.tile_weights:
-            raise ConfigError(
-                f"{where}: embeddings by {encoder} (weights {weights}); {self.name} was trained on those by "
-                f"{self.tile_encoder} (weights {self.tile_weights}). Embed the tiles with that encoder"
-            )
+        check_tiles(self, encoder, weights, dim, where)
 
 
 def new_slide_encoder(config: GigaConfig, weights: str | None, seed: int) -> GigaEncoder:
@@ -123,14 +120,8 @@ def save_slide_encoder(
     encoder: GigaEncoder, folder: str | Path, card: SlideCard, *, tile: TileEncoder | None = None
 ) -> None:
     """Writes a slide encoder, its card, and the tile encoder if there is one, into ``folder``."""
-    folder = Path(folder)
-    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    if tile is not None:
-        save_encoder(tile, folder / _TILE)
-    with atomic_path(folder / _WEIGHTS) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
     content = {"level": "slide", "card": configuration.to_dict(card), "digest": slide_digest(encoder)}
-    write_atomic(folder / _CARD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_with_tiles(Path(folder), encoder, content, tile)
 
 
 def open_slide_encoder(spec: str | Path) -> tuple[GigaEncoder, SlideCard]:
@@ -151,60 +142,40 @@ def open_slide_encoder(spec: str | Path) -> tuple[GigaEncoder, SlideCard]:
         return encoder, SlideCard(path.stem, encoder.config, source=path.name, **authors)
     if not path.is_dir():
         raise StoreError(f"{spec}: no such slide encoder; give a run folder, the folder of one, or a file of weights")
-    folder = next((folder for folder in (path, path / "encoder") if (folder / _CARD).is_file()), None)
+    folder = find_folder(path)
     return _read_folder(folder) if folder else _read_unfinished(path)
-
-
-def tile_encoder_of(spec: str | Path) -> TileEncoder | None:
-    """The tile encoder that is kept with the slide encoder at ``spec``; None if there is none."""
-    kept = (folder / _TILE for folder in (Path(spec), Path(spec) / "encoder"))
-    found = next((folder for folder in kept if (folder / _CARD).is_file()), None)
-    return None if found is None else load_encoder(found)
 
 
 def slide_digest(encoder: GigaEncoder) -> str:
     """Hash of all that decides a slide's embedding, given those of its tiles: 16 hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps(asdict(encoder.config), sort_keys=True).encode())
-    for key, value in sorted(encoder.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return weights_digest(json.dumps(asdict(encoder.config), sort_keys=True), encoder.state_dict())
 
 
 def slide_weights(encoder: GigaEncoder, tile_weights: str) -> str:
     """Hash of all that decides a slide's embedding, the tile encoder's hash included: 16 hexadecimal digits."""
-    return hashlib.sha256(f"{slide_digest(encoder)} {tile_weights}".encode()).hexdigest()[:16]
+    return weights_with_tiles(slide_digest(encoder), tile_weights)
 
 
 def slide_name(encoder: GigaEncoder, card: SlideCard, tile_weights: str) -> str:
     """Name for files and folders that no pair of tile and slide encoder with other weights has."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", card.name).strip("-")
-    return f"{name}-{slide_weights(encoder, tile_weights)[:8]}"
+    return unique_name(card.name, slide_weights(encoder, tile_weights))
 
 
 def _read_folder(folder: Path) -> tuple[GigaEncoder, SlideCard]:
-    try:
-        content = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        if content.get("level") != "slide":
-            raise RunError(
-                f"{folder}: is the encoder of {content.get('level', 'tile')}s, not of slides; give the run of a recipe "
-                "of level slide"
-            )
-        card = configuration.parse(SlideCard, content["card"], source=str(folder / _CARD))
-        weights = load_file(folder / _WEIGHTS)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError, ConfigError) as error:
-        raise RunError(f"{folder}: cannot be read as a slide encoder: {error}") from error
-    encoder = _restore(card.config, weights, str(folder / _WEIGHTS))
-    if slide_digest(encoder) != content["digest"]:
-        raise RunError(f"{folder}: {_WEIGHTS} and {_CARD} do not belong together; write the encoder again")
+    card, weights, digest = read_folder(folder, SlideCard, what="a slide encoder", refusal=_refusal)
+    encoder = _restore(card.config, weights, str(folder / WEIGHTS_FILE))
+    check_digest(folder, slide_digest(encoder), digest)
     return encoder, card
+
+
+def _refusal(level: str) -> str:
+    wanted = "not of slides; give the run of a recipe of level slide"
+    return "" if level == "slide" else f"is the encoder of {level}s, {wanted}"
 
 
 def _read_unfinished(run: Path) -> tuple[GigaEncoder, SlideCard]:
     """The encoder in the last checkpoint of a run that has not written its own yet."""
-    steps = sorted(run.glob("checkpoints/step-*/model.safetensors"), key=lambda path: (len(path.parent.name), path))
-    if not steps or not (run / "recipe.yaml").is_file():
-        raise RunError(f"{run}: is neither the folder of a slide encoder nor a run with a checkpoint")
+    last = last_checkpoint(run, "a slide encoder")
     recipe = configuration.read_yaml(run / "recipe.yaml")
     if recipe.get("level") != "slide":
         raise RunError(
@@ -213,14 +184,14 @@ def _read_unfinished(run: Path) -> tuple[GigaEncoder, SlideCard]:
         )
     record = run / "run.yaml"
     card = configuration.parse(SlideCard, configuration.read_yaml(record).get("card", {}), source=str(record))
-    log.warning("%s: the run has not finished; taking the encoder at %s", run, steps[-1].parent.name)
+    log.warning("%s: the run has not finished; taking the encoder at %s", run, last.parent.name)
     try:
-        state = load_file(steps[-1])
+        state = load_file(last)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{steps[-1]}: cannot be read as weights: {error}") from error
+        raise StoreError(f"{last}: cannot be read as weights: {error}") from error
     weights = {key.removeprefix(_TRAINED): value for key, value in state.items() if key.startswith(_TRAINED)}
-    encoder = _restore(card.config, weights, str(steps[-1]))
-    return encoder, replace(card, source=f"gigatome, {steps[-1].parent.name} of an unfinished run")
+    encoder = _restore(card.config, weights, str(last))
+    return encoder, replace(card, source=f"gigatome, {last.parent.name} of an unfinished run")
 
 
 def _restore(config: GigaConfig, weights: Mapping[str, Tensor], source: str) -> GigaEncoder:

@@ -3,33 +3,38 @@
 An encoder's folder holds ``encoder.safetensors``, with timm's keys, and ``encoder.json``, its card.
 """
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl
 
 import timm
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gigatome import config as configuration
-from gigatome.blob.store import atomic_path, write_atomic
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.core.logs import log
+from gigatome.encoders.folders import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    check_digest,
+    find_folder,
+    last_checkpoint,
+    read_folder,
+    unique_name,
+    weights_digest,
+    write_folder,
+)
 from gigatome.encoders.hub import HUB, WEIGHTS, fetch
 from gigatome.encoders.others import fetch_rotary, is_rotary, pooling_of, restore
 from gigatome.encoders.published import PUBLISHED, EncoderCard, published_card
 from gigatome.encoders.vit import EncoderConfig, TileEncoder, build_encoder
 from gigatome.encoders.weights import read_weights
 
-_WEIGHTS, _CARD, _TIMM = "encoder.safetensors", "encoder.json", "config.json"
+_TIMM = "config.json"
 _PUBLISHED = "hub:"
 _LONGVIT = "is a LongViT; gigatome embed takes it at level tile, and gigatome.encoders.longvit_zoo opens it in Python"
 _SIZES = {  # what timm calls the fields of EncoderConfig
@@ -66,14 +71,10 @@ def save_encoder(
         licence: terms of the weights, if they are not one's own.
         mpp: resolutions it was trained at, µm per pixel.
     """
-    folder = Path(folder)
     config = replace(encoder.config, weights=None, pretrained=False)
     card = EncoderCard(name or encoder.name, config, encoder.dim, source, licence, mpp, pooling_of(encoder))
-    state = {key: value.detach().cpu().contiguous() for key, value in encoder.vit.state_dict().items()}
-    with atomic_path(folder / _WEIGHTS) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
     content = {"card": configuration.to_dict(card), "digest": encoder_digest(encoder)}
-    write_atomic(folder / _CARD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_folder(Path(folder), encoder.vit, content)
     return card
 
 
@@ -130,7 +131,7 @@ def open_encoder(spec: str | Path | TileEncoder, *, model: str | None = None) ->
 def saved_digest(folder: str | Path) -> str:
     """:func:`encoder_digest` of the encoder that :func:`save_encoder` wrote into ``folder``; "" if there is none."""
     try:
-        return str(json.loads((Path(folder) / _CARD).read_text(encoding="utf-8"))["digest"])
+        return str(json.loads((Path(folder) / CARD_FILE).read_text(encoding="utf-8"))["digest"])
     except (OSError, KeyError, TypeError, ValueError):
         return ""
 
@@ -141,58 +142,44 @@ def encoder_digest(encoder: TileEncoder) -> str:
     seen = [config.model, config.heads, config.mean, config.std, config.pos_embed]
     if pooling_of(encoder) != "cls":
         seen.append(pooling_of(encoder))
-    digest = hashlib.sha256(json.dumps(seen).encode())
-    for key, value in sorted(encoder.vit.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-        digest.update(_bytes(value))
-    return digest.hexdigest()[:16]
+    return weights_digest(json.dumps(seen), encoder.vit.state_dict())
 
 
 def encoder_name(encoder: TileEncoder) -> str:
     """Name for files and folders that no encoder with other weights has, such as ``kaiko-vits16-5f0c9a1e``."""
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', encoder.name).strip('-')}-{encoder_digest(encoder)[:8]}"
-
-
-def _bytes(value: Tensor) -> Any:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return unique_name(encoder.name, encoder_digest(encoder))
 
 
 def _read_folder(path: Path) -> tuple[TileEncoder, EncoderCard]:
-    folder = next((folder for folder in (path, path / "encoder") if (folder / _CARD).is_file()), None)
+    folder = find_folder(path)
     if folder is None:
         weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if weights and (path / _TIMM).is_file():
             return _read_timm(path / _TIMM, weights, str(path))
         return _read_unfinished(path)
-    try:
-        content = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        level = content.get("level", "tile")
-        if level == "pixels":
-            raise RunError(f"{folder}: {_LONGVIT}")
-        if level != "tile":
-            raise RunError(f"{folder}: is an encoder of {level}s, not of tiles; that of its tiles is {folder / 'tile'}")
-        card = configuration.parse(EncoderCard, content["card"], source=str(folder / _CARD))
-        weights = load_file(folder / _WEIGHTS)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError, ConfigError) as error:
-        raise RunError(f"{folder}: cannot be read as an encoder: {error}") from error
-    encoder = restore(card, weights, source=str(folder / _WEIGHTS))
-    if encoder_digest(encoder) != content["digest"]:
-        raise RunError(f"{folder}: {_WEIGHTS} and {_CARD} do not belong together; write the encoder again")
+    refusal = partial(_refusal, tile=folder / "tile")
+    card, weights, digest = read_folder(folder, EncoderCard, what="an encoder", refusal=refusal)
+    encoder = restore(card, weights, source=str(folder / WEIGHTS_FILE))
+    check_digest(folder, encoder_digest(encoder), digest)
     return encoder, card
+
+
+def _refusal(level: str, tile: Path) -> str:
+    if level == "pixels":
+        return _LONGVIT
+    return "" if level == "tile" else f"is an encoder of {level}s, not of tiles; that of its tiles is {tile}"
 
 
 def _read_unfinished(run: Path) -> tuple[TileEncoder, EncoderCard]:
     """The teacher in the last checkpoint of a run that has not written its encoder yet."""
-    steps = sorted(run.glob("checkpoints/step-*/model.safetensors"), key=lambda path: (len(path.parent.name), path))
-    if not steps or not (run / "recipe.yaml").is_file():
-        raise RunError(f"{run}: is neither the folder of an encoder nor a run with a checkpoint")
+    last = last_checkpoint(run, "an encoder")
     recipe = configuration.read_yaml(run / "recipe.yaml")
     if recipe.get("level") == "pixels":
         raise RunError(f"{run}: {_LONGVIT}")
     config = configuration.parse(EncoderConfig, recipe.get("encoder", {}), source=str(run / "recipe.yaml"))
-    log.warning("%s: the run has not finished; taking the teacher at %s", run, steps[-1].parent.name)
-    card = EncoderCard(config.model, config, 0, source=f"gigatome, {steps[-1].parent.name} of an unfinished run")
-    encoder = restore(card, read_weights(steps[-1]), source=str(steps[-1]))
+    log.warning("%s: the run has not finished; taking the teacher at %s", run, last.parent.name)
+    card = EncoderCard(config.model, config, 0, source=f"gigatome, {last.parent.name} of an unfinished run")
+    encoder = restore(card, read_weights(last), source=str(last))
     return encoder, replace(card, config=encoder.config, dim=encoder.dim, pooling=pooling_of(encoder))
 
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from gigatome import config as configuration
 from gigatome.core.errors import ConfigError
 from gigatome.embeddings.encoding import Maker
+from gigatome.encoders.on_tiles import tile_encoder_of
 from gigatome.encoders.region_vit import RegionVit
-from gigatome.encoders.region_zoo import RegionCard, open_region_encoder, region_name, region_weights, tile_encoder_of
+from gigatome.encoders.region_zoo import RegionCard, open_region_encoder, region_name, region_weights
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.weights import read_weights
 from gigatome.encoders.zoo import load_encoder
