@@ -245,7 +245,7 @@ def test_results_of_folds_have_the_wider_interval_and_one_head_has_not():
     for splits, factor in ((five, 2.25), ([(np.arange(40), np.arange(40, 100))], 1.0)):
         made = Splits(tuple(Split(*split) for split in splits), "made up", "0" * 16)
         runs = [
-            FoldRun(split, Mute(), Prediction(p[split.test], risk[split.test], np.zeros((len(split.test), 0))), risk)
+            FoldRun(split, Prediction(p[split.test], risk[split.test], np.zeros((len(split.test), 0))), risk, Mute())
             for split in made.parts
         ]
         units = Units("patient", names, names, slides, ClassOutcome(("a", "b"), y))

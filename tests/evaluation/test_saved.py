@@ -45,7 +45,7 @@ def test_new_slides_get_the_mean_of_all_heads(made, tmp_path, head):
     every = np.stack([fitted.predict(data).probabilities for fitted in model.heads])
     np.testing.assert_allclose([row.probabilities for row in rows], every.mean(0))
     assert len(model.heads) == 3
-    table = list(csv.DictReader(io.StringIO(predictions_csv(model, rows))))
+    table = list(csv.DictReader(io.StringIO(predictions_csv(model.level, model.classes, rows))))
     assert list(table[0]) == ["slide", "predicted", "p_a", "p_b", "spread", "distance", "unusual"]
     assert [line["predicted"] for line in table] == [row.label for row in rows]
 
@@ -160,7 +160,7 @@ def test_a_table_says_whose_the_slides_are(made, tmp_path):
     new = make(tmp_path / "new", patients=3, slides=2, first=600, weights="w1")
     model, rows, _ = predict_slides(tmp_path / "model", new.store, by_patient=True, patients=new.labels)
     assert [row.name for row in rows] == ["p600", "p601", "p602"]
-    assert predictions_csv(model, rows).startswith("patient,predicted")
+    assert predictions_csv(model.level, model.classes, rows).startswith("patient,predicted")
     lines = new.labels.read_text().splitlines()
     new.labels.write_text("\n".join([*lines, *(line.replace(",a,", ",c,") for line in lines[1:])]))
     again = predict_slides(tmp_path / "model", new.store, by_patient=True, patients=new.labels)[1]

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gigatome.cli.progress import progress_bar
+from gigatome.cli.scores import interval, show_study
 
 if TYPE_CHECKING:
     from gigatome.evaluation.result import EvaluationResult, Scores
-    from gigatome.evaluation.study import Study
     from gigatome.evaluation.study_options import StudyOptions
     from gigatome.evaluation.survival_result import SurvivalResult
 
@@ -145,7 +145,7 @@ def _run(options: "StudyOptions", out: Path | None, console: Console, as_json: b
     if as_json:
         typer.echo(json.dumps(study_json(study, ()), ensure_ascii=False))
         return
-    _show_study(study, console)
+    show_study(study, console)
     console.print(out / "report.html", soft_wrap=True)
 
 
@@ -235,8 +235,8 @@ def _show_survival(result: "SurvivalResult", table: Table, console: Console) -> 
     for column in ("", "n", "events", "c-index", "95 % interval", "hazard ratio", "95 % interval", "log-rank p"):
         table.add_column(column, justify="left" if column == "" else "right")
     table.add_row(
-        f"{result.level}s", str(scores.n), str(scores.events), f"{scores.c_index:.3f}", _interval(scores.c_index_ci),
-        f"{scores.hazard_ratio:.2f}", _interval(scores.hazard_ratio_ci), f"{scores.logrank_p:.3g}",
+        f"{result.level}s", str(scores.n), str(scores.events), f"{scores.c_index:.3f}", interval(scores.c_index_ci),
+        f"{scores.hazard_ratio:.2f}", interval(scores.hazard_ratio_ci), f"{scores.logrank_p:.3g}",
     )  # fmt: skip
     console.print(table)
     mean, deviation = result.fold_c_index
@@ -245,41 +245,12 @@ def _show_survival(result: "SurvivalResult", table: Table, console: Console) -> 
         console.print(f"{count} left out: {reason}")
 
 
-def _show_study(study: "Study", console: Console) -> None:
-    from gigatome.evaluation.study_files import headline, spread
-
-    table = Table(title=study.title, title_justify="left")
-    first = headline(study.arms[0].result)
-    for column in ("", f"{first.metric}, folds", "pooled", "95 % interval", "reported"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for arm in study.arms:
-        score = headline(arm.result)
-        folds = spread(score.mean, score.sd)
-        reported = "" if arm.reported is None else f"{arm.reported:.3f}"
-        label = f"{arm.label} (null)" if arm.null else arm.label
-        table.add_row(label, folds, f"{score.pooled:.3f}", _interval(score.ci), reported)
-    console.print(table)
-    for test in study.comparisons:
-        span = f" ({_interval(test.ci)})" if all(map(math.isfinite, test.ci)) else ""
-        console.print(
-            f"{test.first} − {test.second}: {test.metric} {test.value:+.3f}{span}, {test.test} p {test.p:.3g}, "
-            f"{test.p_adjusted:.3g} after Holm",
-            soft_wrap=True,
-        )
-    for reason, names in study.excluded.items():
-        console.print(f"{len(names)} left out: {reason}")
-
-
 def _cells(scores: "Scores") -> list[str]:
     return [
         str(scores.n),
         f"{scores.auroc:.3f}",
-        _interval(scores.auroc_ci),
+        interval(scores.auroc_ci),
         f"{scores.balanced_accuracy:.3f}",
-        _interval(scores.balanced_accuracy_ci),
+        interval(scores.balanced_accuracy_ci),
         f"{scores.accuracy:.3f}",
     ]
-
-
-def _interval(bounds: tuple[float, float]) -> str:
-    return f"{bounds[0]:.3f} – {bounds[1]:.3f}" if all(map(math.isfinite, bounds)) else "too few patients"

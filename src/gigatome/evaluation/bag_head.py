@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -12,44 +12,31 @@ from gigatome import config
 from gigatome.core.errors import ConfigError, EvaluationError, StoreError
 from gigatome.encoders.region_zoo import open_region_encoder
 from gigatome.evaluation.heads import Outcome, Prediction
+from gigatome.evaluation.outcome_loss import LossOptions, prediction_of, task_of
 from gigatome.evaluation.splits import Split
 from gigatome.evaluation.unit_data import UnitData
-from gigatome.evaluation.units import ClassOutcome
-from gigatome.mil import losses
 from gigatome.mil.fit import BagFitOptions, fit_bags, predict_bags
 from gigatome.mil.mcat import LateFusionOptions
-from gigatome.mil.model import BagModel, Criterion, Targets
+from gigatome.mil.model import BagModel
 from gigatome.mil.source import StoreBags, fit_clusters
 from gigatome.mil.zoo import bag_model, from_variant, graph_of, model_options, needs_of
 
 
+@final
 @dataclass(frozen=True)
-class BagHead:
-    """A model of bags and how it is trained.
+class BagHead(LossOptions):
+    """A model of bags, how it is trained, and its loss.
 
     Attributes:
         model: its name, one of :data:`gigatome.mil.zoo.MODELS`.
         options: of the model, by name, in place of its defaults.
         fit: of the training.
-        smoothing: of the labels, share of each that is spread over all classes.
-        balanced: weigh classes so that each counts alike.
-        survival_loss: ``"nll"`` of time bins, ``"cox"`` or ``"ranking"``; the last two compare the bags of a batch.
-        alpha: of ``"nll"``, weight taken from censored bags.
-        bins: of ``"nll"``, time bins with equally many events.
-        bins_from: of whose times: of the ``"train"`` part, or of the whole ``"cohort"`` as MCAT and HIPT do, which
-            tells the model a little of the test part.
         late_fusion: how omics, where they are given, join a model that does not take them itself.
     """
 
     model: str = "abmil"
     options: Mapping[str, Any] = field(default_factory=dict)
     fit: BagFitOptions = field(default_factory=BagFitOptions)
-    smoothing: float = 0.0
-    balanced: bool = False
-    survival_loss: Literal["nll", "cox", "ranking"] = "nll"
-    alpha: float = 0.0
-    bins: int = 4
-    bins_from: Literal["train", "cohort"] = "train"
     late_fusion: LateFusionOptions = field(default_factory=LateFusionOptions)
 
 
@@ -98,17 +85,7 @@ class FittedBagHead:
         """See :meth:`FittedHead.predict`."""
         bags = _bags(self.head, data, self.needs, self.centroids, self.scales)
         found = predict_bags(self.network, bags, np.arange(len(data)), self.head.fit, attention=attention)
-        logits = torch.from_numpy(found.logits)
-        if self.classes:
-            return Prediction(logits.softmax(1).numpy(), attention=found.attention)
-        binned = len(self.edges) > 0
-        return Prediction(
-            np.zeros((len(data), 0)),
-            losses.risk(logits).numpy(),
-            losses.survival_curve(logits).numpy() if binned else np.zeros((len(data), 0)),
-            self.edges[1:],
-            found.attention,
-        )
+        return prediction_of(found.logits, self.classes, self.edges, found.attention)
 
     def saved(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """See :meth:`FittedHead.saved`."""
@@ -126,17 +103,16 @@ def fit_bag_head(head: BagHead, data: UnitData, outcome: Outcome, split: Split, 
     data.bags(needs_of(head.model))  # refuses what does not fit before anything is made for it
     head = _with_region_encoder(head, data)
     scales = tuple(_scale(group[split.train]) for group in data.omics)
-    targets, criterion, outputs, edges = _task(head, outcome, split)
-    network = _network(head, data.reader.dim, outputs, scales, seed)
+    task = task_of(outcome, split.train, head)
+    network = _network(head, data.reader.dim, task.outputs, scales, seed)
     bags, centroids = _bags(head, data, network.needs, None, scales), None
     if "clusters" in network.needs:
         count = model_options(head.model, head.options).clusters
         centroids = fit_clusters(bags, split.train, count, seed=seed)
         bags = bags.with_clusters(centroids)
     val = split.val if len(split.val) else None
-    fit_bags(network, bags, targets, criterion, head.fit, train=split.train, val=val, seed=seed)
-    classes = len(outcome.classes) if isinstance(outcome, ClassOutcome) else 0
-    return FittedBagHead(head, network, data.reader.dim, outputs, classes, edges, centroids, scales)
+    fit_bags(network, bags, task.targets, task.criterion, head.fit, train=split.train, val=val, seed=seed)
+    return FittedBagHead(head, network, data.reader.dim, task.outputs, task.classes, task.edges, centroids, scales)
 
 
 def restore_bag_head(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> FittedBagHead:
@@ -170,25 +146,6 @@ def _network(head: BagHead, dim: int, outputs: int, scales: tuple[NDArray[np.flo
         return bag_model(head.model, dim, outputs, {**head.options, "omic_sizes": sizes}, seed=seed)
     fusion = {**config.to_dict(head.late_fusion), "omic_sizes": sizes}
     return bag_model(head.model, dim, outputs, {**head.options, "late_fusion": fusion}, seed=seed)
-
-
-def _task(head: BagHead, outcome: Outcome, split: Split) -> tuple[Targets, Criterion, int, NDArray[np.float64]]:
-    """Targets of all units, loss, outputs and edges of time bins."""
-    if isinstance(outcome, ClassOutcome):
-        count = len(outcome.classes)
-        weights = losses.class_weights(outcome.y[split.train], count) if head.balanced else None
-        criterion = losses.cross_entropy(smoothing=head.smoothing, weights=weights)
-        return Targets(torch.from_numpy(outcome.y)), criterion, count, np.zeros(0)
-    time, event = outcome.time, outcome.event
-    known = torch.from_numpy(time.astype(np.float32)), torch.from_numpy(event)
-    if head.survival_loss != "nll":
-        criterion = losses.cox() if head.survival_loss == "cox" else losses.ranking()
-        return Targets(torch.zeros(len(time), dtype=torch.int64), *known), criterion, 1, np.zeros(0)
-    if not event[split.train].any():
-        raise EvaluationError("no training unit has an event, so there are no time bins; use other splits")
-    whose = split.train if head.bins_from == "train" else np.arange(len(time))
-    bins = losses.time_bins(time[whose], event[whose], head.bins)
-    return Targets(torch.from_numpy(bins.of(time)), *known), losses.survival_nll(head.alpha), head.bins, bins.edges
 
 
 def _with_region_encoder(head: BagHead, data: UnitData) -> BagHead:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +20,30 @@ from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome, Units
 
 
 @dataclass(frozen=True, eq=False)
-class FoldRun:
-    """What happened in one fold.
+class FoldResult:
+    """What was predicted in one fold.
 
     Attributes:
         split: who trained and who was tested.
-        fitted: the head.
         predicted: the test units, in the order of ``split.test``.
         training_risk: float64, of the training units; empty for classes.
     """
 
     split: Split
-    fitted: FittedHead
     predicted: Prediction
     training_risk: NDArray[np.float64]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FoldRun(FoldResult):
+    """What happened in one fold.
+
+    Attributes:
+        fitted: the head.
+    """
+
+    fitted: FittedHead
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,13 @@ def cross_validate(
         fitted = fit_head(head, data, outcome, split, seed=seed)
         survives = isinstance(units.outcome, SurvivalOutcome)
         training = fitted.predict(data.select(split.train)).risk if survives else np.zeros(0)
-        runs.append(FoldRun(split, fitted, fitted.predict(data.select(split.test)), training))
+        runs.append(FoldRun(split, fitted.predict(data.select(split.test)), training, fitted))
         progress("evaluate", k + 1, len(splits))
     return runs
 
 
 def class_result(
-    units: Units, splits: Splits, runs: list[FoldRun], setting: Setting, *, unlabelled: int = 0
+    units: Units, splits: Splits, runs: Sequence[FoldResult], setting: Setting, *, unlabelled: int = 0
 ) -> EvaluationResult:
     """Scores of predicted classes."""
     outcome = units.outcome
@@ -178,7 +188,7 @@ def fold_score(k: int, split: Split, y: NDArray[np.int64], predicted: Prediction
     )
 
 
-def survival_result(units: Units, splits: Splits, runs: list[FoldRun], setting: Setting) -> SurvivalResult:
+def survival_result(units: Units, splits: Splits, runs: Sequence[FoldResult], setting: Setting) -> SurvivalResult:
     """Scores of predicted risks."""
     outcome = units.outcome
     assert isinstance(outcome, SurvivalOutcome)  # noqa: S101 - for the type checker
@@ -221,7 +231,7 @@ def survival_result(units: Units, splits: Splits, runs: list[FoldRun], setting: 
 
 
 def result_of(
-    units: Units, splits: Splits, runs: list[FoldRun], setting: Setting, *, unlabelled: int = 0
+    units: Units, splits: Splits, runs: Sequence[FoldResult], setting: Setting, *, unlabelled: int = 0
 ) -> EvaluationResult | SurvivalResult:
     """Scores of whatever was predicted."""
     if isinstance(units.outcome, SurvivalOutcome):

@@ -34,4 +34,4 @@ def evaluate_external(
         head, prepared.data, prepared.units.outcome, Split(split.train, split.train, split.val), seed=setting.seed
     )
     training = fitted.predict(prepared.data.select(split.train)).risk
-    return result_of(both, splits, [FoldRun(split, fitted, fitted.predict(data), training)], setting)
+    return result_of(both, splits, [FoldRun(split, fitted.predict(data), training, fitted)], setting)

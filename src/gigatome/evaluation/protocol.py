@@ -161,7 +161,7 @@ def prepare(
     side of published splits.
     """
     units, data = read_units(store, cohort, target, **options)
-    return Prepared(units, _splits(units, folds, seed, leaks, group), data, len(units.excluded.get("no label", ())))
+    return Prepared(units, splits_of(units, folds, seed, leaks, group), data, len(units.excluded.get("no label", ())))
 
 
 def read_units(
@@ -193,10 +193,8 @@ def read_units(
     target = ClassTarget(target) if isinstance(target, str) else target
     cohort = _read_cohort(cohort, store)
     level = level or ("patient" if isinstance(target, SurvivalTarget) else "slide")
-    labelled = cohort.column(target.column if isinstance(target, ClassTarget) else target.time)
+    asked = labelled_slides(cohort, target, level)
     there = set(store.names()) & set(store.names() if available is None else available)
-    known = {slide.patient for slide in cohort if slide.name in labelled}
-    asked = {s.name for s in cohort if s.name in labelled or (level == "patient" and s.patient in known)}
     checked = check_bags(store, sorted(there & asked))
     unusable = {name: reason for reason, names in checked.items() for name in names}
     units = make_units(
@@ -213,6 +211,15 @@ def read_units(
     groups = zip(*(omics[patient] for patient in units.patients), strict=True) if omics is not None else ()
     omic_groups = tuple(np.stack(group).astype(np.float64) for group in groups)
     return units, UnitData(store, units.names, units.slides, omic_groups)
+
+
+def labelled_slides(
+    cohort: Cohort, target: ClassTarget | SurvivalTarget, level: Literal["slide", "patient"]
+) -> set[str]:
+    """Names of the slides with an outcome, and of the others of their patients where patients are predicted."""
+    labelled = cohort.column(target.column if isinstance(target, ClassTarget) else target.time)
+    known = {slide.patient for slide in cohort if slide.name in labelled}
+    return {s.name for s in cohort if s.name in labelled or (level == "patient" and s.patient in known)}
 
 
 def setting_of(store: Embeddings, target: Target, name: str, head: Head, seed: int, resamples: int) -> Setting:
@@ -257,7 +264,8 @@ def _reasons(excluded: Mapping[str, tuple[str, ...]], unusable: Mapping[str, str
     return {reason: tuple(names) for reason, names in found.items()}
 
 
-def _splits(units: Units, folds: Folds, seed: int, leaks: Literal["error", "warn"], group: Group) -> Splits:
+def splits_of(units: Units, folds: Folds, seed: int, leaks: Literal["error", "warn"], group: Group) -> Splits:
+    """Splits of units; the arguments are those of :func:`evaluate` and :func:`prepare`."""
     if isinstance(folds, SplitOptions):
         return make_splits(units, folds)
     if folds == "patient":

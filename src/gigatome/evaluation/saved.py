@@ -95,35 +95,10 @@ class SavedModel:
         scaled = (data.vectors - self.mean) / self.deviation
         distance = np.sqrt(np.square(scaled, dtype=np.float64).mean(1))
         unusual = distance > self.card["cohort"]["greatest_distance"]
-        rows = self._classes(found) if self.classes else self._risks(found)
+        rows = ensemble_rows(self.card, found)
         return [
             NewPrediction(name, *row, distance=float(far), unusual=bool(odd))
             for name, row, far, odd in zip(data.names, rows, distance, unusual, strict=True)
-        ]
-
-    def _classes(self, found: Sequence[Prediction]) -> list[tuple[str, tuple[float, ...], float, float]]:
-        every = np.stack([prediction.probabilities for prediction in found])  # [folds, N, classes]
-        mean = every.mean(0)
-        threshold = self.card["threshold"]
-        chosen = mean.argmax(1) if threshold is None else (mean[:, 1] >= threshold).astype(np.int64)
-        spread = every.std(0)[np.arange(len(mean)), chosen]
-        return [
-            (self.classes[k], tuple(p.tolist()), float("nan"), float(s))
-            for k, p, s in zip(chosen, mean, spread, strict=True)
-        ]
-
-    def _risks(self, found: Sequence[Prediction]) -> list[tuple[str, tuple[float, ...], float, float]]:
-        scales = [np.array(member["training_risk"]) for member in self.card["members"]]
-        every = np.stack(
-            [
-                np.interp(prediction.risk, *_rising(scale), left=0.0, right=1.0)
-                for prediction, scale in zip(found, scales, strict=True)
-            ]
-        )
-        risk = every.mean(0)
-        return [
-            ("high risk" if r > 0.5 else "low risk", (), float(r), float(s))
-            for r, s in zip(risk, every.std(0), strict=True)
         ]
 
 
@@ -154,40 +129,78 @@ def save_model(
         values, arrays = run.fitted.saved()
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         write_atomic(folder / f"fold_{k}.safetensors", safetensors.save(arrays))
-        members.append(values | {"training_risk": _percentiles(run.training_risk)})
+        members.append(values | {"training_risk": percentiles(run.training_risk)})
     mean, deviation = data.vectors.mean(0), data.vectors.std(0)
     deviation = np.where(deviation > 0, deviation, 1.0).astype(np.float32)
     write_atomic(folder / "cohort.safetensors", safetensors.save({"mean": mean, "deviation": deviation}))
     distance = np.sqrt(np.square((data.vectors - mean) / deviation, dtype=np.float64).mean(1))
+    card = outcome_card(units, result) | {
+        "head": result.head,
+        "options": dict(result.options),
+        "origin": asdict(data.origin),
+        "members": members,
+    }
+    card["cohort"]["greatest_distance"] = float(distance.max())
+    write_atomic(folder / CARD, json.dumps(plain(card), indent=2, ensure_ascii=False) + "\n")
+
+
+def outcome_card(units: Units, result: EvaluationResult | SurvivalResult) -> dict[str, Any]:
+    """What a card says of the outcome, of who was learnt from, and of the scores."""
     outcome = units.outcome
-    classes = outcome.classes if isinstance(outcome, ClassOutcome) else ()
-    counts = (
-        dict(zip(classes, np.bincount(outcome.y, minlength=len(classes)).tolist(), strict=True))
-        if isinstance(outcome, ClassOutcome)
-        else {"events": int(outcome.event.sum()), "censored": int((~outcome.event).sum())}
-    )
-    card = {
+    if isinstance(outcome, ClassOutcome):
+        classes = outcome.classes
+        counts = dict(zip(classes, np.bincount(outcome.y, minlength=len(classes)).tolist(), strict=True))
+    else:
+        classes, counts = (), {"events": int(outcome.event.sum()), "censored": int((~outcome.event).sum())}
+    return {
         "gigatome": __version__,
         "target": result.target,
         "level": result.level,
         "classes": list(classes),
-        "head": result.head,
-        "options": dict(result.options),
-        "origin": asdict(data.origin),
         "threshold": _threshold(result) if isinstance(result, EvaluationResult) and len(classes) == 2 else None,
         "scores": asdict(result.scores),
         "split": result.split,
         "split_hash": result.split_hash,
         "seed": result.seed,
-        "cohort": {
-            "units": len(units),
-            "patients": len(set(units.patients)),
-            "counts": counts,
-            "greatest_distance": float(distance.max()),
-        },
-        "members": members,
+        "cohort": {"units": len(units), "patients": len(set(units.patients)), "counts": counts},
     }
-    write_atomic(folder / CARD, json.dumps(plain(card), indent=2, ensure_ascii=False) + "\n")
+
+
+def ensemble_rows(
+    card: Mapping[str, Any], found: Sequence[Prediction]
+) -> list[tuple[str, tuple[float, ...], float, float]]:
+    """Label, probabilities, risk and spread, as of :class:`NewPrediction`, of what the members of a card say."""
+    return _class_rows(card, found) if card["classes"] else _risk_rows(card, found)
+
+
+def _class_rows(
+    card: Mapping[str, Any], found: Sequence[Prediction]
+) -> list[tuple[str, tuple[float, ...], float, float]]:
+    every = np.stack([prediction.probabilities for prediction in found])  # [folds, N, classes]
+    mean, threshold = every.mean(0), card["threshold"]
+    chosen = mean.argmax(1) if threshold is None else (mean[:, 1] >= threshold).astype(np.int64)
+    spread = every.std(0)[np.arange(len(mean)), chosen]
+    return [
+        (card["classes"][k], tuple(p.tolist()), float("nan"), float(s))
+        for k, p, s in zip(chosen, mean, spread, strict=True)
+    ]
+
+
+def _risk_rows(
+    card: Mapping[str, Any], found: Sequence[Prediction]
+) -> list[tuple[str, tuple[float, ...], float, float]]:
+    scales = [np.array(member["training_risk"]) for member in card["members"]]
+    every = np.stack(
+        [
+            np.interp(prediction.risk, *_rising(scale), left=0.0, right=1.0)
+            for prediction, scale in zip(found, scales, strict=True)
+        ]
+    )
+    risk = every.mean(0)
+    return [
+        ("high risk" if r > 0.5 else "low risk", (), float(r), float(s))
+        for r, s in zip(risk, every.std(0), strict=True)
+    ]
 
 
 def load_model(folder: str | Path) -> SavedModel:
@@ -215,12 +228,12 @@ def _check_card(card: Mapping[str, Any]) -> None:
     float(card["cohort"]["greatest_distance"])
 
 
-def predictions_csv(model: SavedModel, rows: Sequence[NewPrediction]) -> str:
-    """The predictions as a table."""
+def predictions_csv(level: str, classes: Sequence[str], rows: Sequence[NewPrediction]) -> str:
+    """The predictions as a table: of slides or patients, of these classes or, without any, of a survival."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    scores = [f"p_{label}" for label in model.classes] or ["risk"]
-    writer.writerow([model.level, "predicted", *scores, "spread", "distance", "unusual"])
+    scores = [f"p_{label}" for label in classes] or ["risk"]
+    writer.writerow([level, "predicted", *scores, "spread", "distance", "unusual"])
     for row in rows:
         values = row.probabilities or (row.risk,)
         numbers = [f"{value:.6g}" for value in (*values, row.spread, row.distance)]
@@ -240,7 +253,8 @@ def _threshold(result: EvaluationResult) -> float:
     return float((values[place] + values[place - 1]) / 2) if place else float(values[0])
 
 
-def _percentiles(risk: NDArray[np.float64]) -> list[float]:
+def percentiles(risk: NDArray[np.float64]) -> list[float]:
+    """Percentiles 0 to 100 of training risks; none of none."""
     return np.percentile(risk, _PERCENTILES).tolist() if len(risk) else []
 
 
