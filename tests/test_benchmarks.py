@@ -103,6 +103,12 @@ def test_bench_region_views(tmp_path):
     assert "| gigatome, dropout | " in written.read_text(encoding="utf-8")
 
 
+def test_bench_slide_images(folder, tmp_path):
+    pytest.importorskip("torch")
+    found = json.loads(run("bench_slide_images", "--tiny", folder / "ycc420_240.svs", "--write", tmp_path))
+    assert [item["size"] for item in found["measured"]] == [96, 2048]
+
+
 def test_bench_giga():
     pytest.importorskip("torch")
     authors, *ours = json.loads(run("bench_giga", "--tiny"))["measured"]

@@ -8,6 +8,7 @@ all processes, which data-parallel training takes anyway, is therefore the gradi
 """
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from gigatome.core.errors import ConfigError, RunError
 _TIMEOUT = timedelta(minutes=10)  # in which one process of a sequence waits for another before it gives the run up
 _LOOK = timedelta(seconds=1)  # after which a process that waits looks whether another has failed
 _ROLL_CALL = timedelta(seconds=5)  # in which processes say that they are still there after a failure
+_FAILED = "failed"  # tells all processes that something has, and names those that were together in it
 
 
 def rank() -> int:
@@ -44,7 +46,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     total = value.detach().clone()
-    dist.all_reduce(total)
+    finish(dist.all_reduce(total, async_op=True), total)
     return total
 
 
@@ -53,7 +55,7 @@ def gather(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     parts = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(parts, value.detach().contiguous())
+    finish(dist.all_gather(parts, value.detach().contiguous(), async_op=True), parts[0])
     return torch.cat(parts)
 
 
@@ -66,6 +68,28 @@ def local(value: Tensor) -> Tensor:
     """This process's part of a tensor that is sharded, without gradient; ``value`` itself if it is not."""
     part = getattr(value.detach(), "to_local", None)  # of DTensor, which takes long to import
     return part() if part else value
+
+
+def finish(work: dist.Work | None, result: Tensor, processes: dist.ProcessGroup | None = None) -> None:
+    """Waits for what several processes do together, and looks meanwhile whether one of the run has failed.
+
+    Args:
+        work: of a collective, which was asked for asynchronously.
+        result: what it fills. One on a GPU is waited for by the device alone.
+        processes: that take part; None for all.
+
+    Raises:
+        RunError: one of them is gone; the message names it.
+    """
+    assert work is not None  # noqa: S101 - as it was asked for
+    try:
+        if result.is_cuda:  # PyTorch's watchdog looks after it
+            work.wait()
+        else:
+            while not _completed(work):
+                pass
+    except RuntimeError as error:
+        raise RunError(f"{_missing(processes)}; the run stops, and its last checkpoint stands") from error
 
 
 class _Gather(torch.autograd.Function):
@@ -160,7 +184,7 @@ class Exchange:
         Raises:
             RunError: a process does not answer; the message names it.
         """
-        _wait(self._work, self._received, self._group)
+        finish(self._work, self._received, self._group.processes)
         return self._received.split(self._sizes)
 
 
@@ -170,7 +194,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, group: SequenceGroup) -> Tensor:
         ctx.group = group
         total = value.detach().clone(memory_format=torch.contiguous_format)
-        _wait(dist.all_reduce(total, group=group.processes, async_op=True), total, group)
+        finish(dist.all_reduce(total, group=group.processes, async_op=True), total, group.processes)
         return total
 
     @staticmethod
@@ -178,44 +202,37 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(gradients[0], ctx.group), None  # pyright: ignore[reportReturnType]
 
 
-def _wait(work: dist.Work | None, result: Tensor, group: SequenceGroup) -> None:
-    """Waits for what the processes of a sequence do together.
-
-    Raises:
-        RunError: one of them is gone.
-    """
-    assert work is not None and group.processes is not None  # noqa: S101, PT018 - as it was asked for
-    try:
-        if result.is_cuda:  # the device waits, and PyTorch's watchdog looks after it
-            work.wait()
-        else:
-            while not _completed(work, group.processes):
-                pass
-    except RuntimeError as error:
-        raise RunError(f"{_missing(group, group.processes)}; the run stops, and its last checkpoint stands") from error
-
-
-def _completed(work: dist.Work, processes: dist.ProcessGroup) -> bool:
-    """Waits for a moment; raises RuntimeError if the work has failed here or in another process."""
+def _completed(work: dist.Work) -> bool:
+    """Waits for a moment; raises RuntimeError if the work has failed here or anything in another process."""
     try:
         return work.wait(_LOOK)
     except RuntimeError:
-        if work.is_completed() or processes.get_group_store().check(["failed"]):
+        if work.is_completed() or _store().check([_FAILED]):
             raise
         return False
 
 
-def _missing(group: SequenceGroup, processes: dist.ProcessGroup) -> str:
-    """Which processes of a sequence do not say that they are there, as the others do when they fail together."""
-    members, store = dist.get_process_group_ranks(processes), processes.get_group_store()
+def _missing(processes: dist.ProcessGroup | None) -> str:
+    """Which processes do not say that they are there, as the others do when one has failed.
+
+    Only those are asked for that were together in what failed first; others may be long at work on something else.
+    """
     try:
-        store.set("failed", "")
+        store, members = _store(), dist.get_process_group_ranks(processes)
+        suspects = json.loads(store.compare_set(_FAILED, "", json.dumps(members)))
         store.set(f"there/{rank()}", "")
         with contextlib.suppress(RuntimeError):  # as not all of them come
-            store.wait([f"there/{member}" for member in members], _ROLL_CALL)
-        missing = [str(member) for member in members if not store.check([f"there/{member}"])]
+            store.wait([f"there/{member}" for member in suspects], _ROLL_CALL)
+        missing = [str(member) for member in suspects if not store.check([f"there/{member}"])]
     except RuntimeError:
         return "process 0 or the launcher, through which the others find each other, does not answer any more"
     if not missing:
-        return f"the {group.size} processes of a sequence lost each other, though all are there"
+        return f"processes {', '.join(map(str, suspects))} lost each other, though all are there"
     return f"process {', '.join(missing)} of {world_size()} does not answer any more"
+
+
+def _store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """What all processes of the run see."""
+    world = dist.group.WORLD
+    assert world is not None  # noqa: S101 - there is no collective without
+    return world.get_group_store()

@@ -11,9 +11,11 @@ from gigatome.cli.embed import embed
 from gigatome.embeddings.slide_store import SlideStore
 from gigatome.embeddings.store import EmbeddingStore
 from gigatome.encoders.giga import GigaConfig, build_giga
+from gigatome.encoders.gigapath import GigapathConfig, build_gigapath
+from gigatome.encoders.gigapath_zoo import GigapathCard, save_gigapath
 from gigatome.encoders.slide_zoo import SlideCard, save_slide_encoder
 from gigatome.encoders.vit import EncoderConfig, build_encoder
-from gigatome.encoders.zoo import encoder_digest, save_encoder
+from gigatome.encoders.zoo import encoder_digest, load_encoder, save_encoder
 
 app = typer.Typer()
 app.command()(embed)
@@ -79,6 +81,37 @@ def test_from_a_job_without_its_slides(given, first, tmp_path):
     )
     refused = run(*arguments, "--slide-encoder", given / "other")
     assert "giga was trained on those by tiny (weights xyz)" in str(refused.exception)
+
+
+@pytest.fixture(scope="module")
+def gigapath(given, tmp_path_factory):
+    """Prov-GigaPath's encoder with a tile encoder, and the same as the authors' file."""
+    folder = tmp_path_factory.mktemp("gigapath")
+    config = GigapathConfig(input_dim=32, dim=32, depth=1, ffn_dim=8, tile_size=48)
+    encoder = build_gigapath(config, 0)
+    save_gigapath(encoder, folder / "path", GigapathCard("path", config, mpp=0.5), tile=load_encoder(given / "tile"))
+    torch.save({"model": encoder.state_dict()}, folder / "slide_encoder.pth")
+    return folder
+
+
+def test_prov_gigapath_from_pixels_and_from_a_job(given, gigapath, first, tmp_path):
+    arguments = ["--level", "slide", "--slide-encoder"]
+    slide = [given / "a.tif", "--slide-mpp", 0.5, "--min-tissue", 0.5]
+    result = run(*slide, *arguments, f"{gigapath}/path?final=encoder_states", "-o", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    whole = SlideStore.open(tmp_path / "a")
+    assert (whole.folder.parent.name, whole.embeddings.shape) == ("20x_48px_0px_overlap", (1, 32))
+    states = f"{gigapath}/slide_encoder.pth?model=gigapath&final=encoder_states"
+    result = run(first[0], *arguments, states, "-o", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    assert SlideStore.open(tmp_path / "b").embeddings == pytest.approx(whole.embeddings, abs=1e-6)
+    result = run(first[0], *arguments, states, "-o", tmp_path / "b", "--precision", "bf16", "--name", "half")
+    assert result.exit_code == 0, result.output
+    assert SlideStore.open(tmp_path / "b", encoder="half").embeddings == pytest.approx(whole.embeddings, abs=0.1)
+    refused = run(first[0], *arguments, states, "-o", tmp_path / "c", "--views", 3)
+    assert "gigapath sees all tiles of a slide at once" in str(refused.exception)
+    refused = run(first[0], *arguments, f"{gigapath}/slide_encoder.pth", "-o", tmp_path / "c")
+    assert "for weights of Prov-GigaPath write" in str(refused.exception)
 
 
 @pytest.mark.parametrize(

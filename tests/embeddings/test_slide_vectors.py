@@ -16,7 +16,8 @@ from made_slides import ATTRS, made_encoder, made_tiles
 from gigatome.core.errors import ConfigError, StoreError
 from gigatome.embeddings import slide_vectors
 from gigatome.embeddings.slide_store import TABLE, SlideStore
-from gigatome.embeddings.slide_vectors import SlideVectorOptions, draw_views, embed_slide_vectors
+from gigatome.embeddings.slide_vectors import SlideVectorOptions, embed_slide_vectors
+from gigatome.embeddings.slide_ways import draw_views
 from gigatome.embeddings.store import write_bag
 from gigatome.slides.cohort import Cohort, CohortSlide
 

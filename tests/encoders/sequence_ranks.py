@@ -238,7 +238,6 @@ def together(size: int, sequence: int, scenarios: dict[str, Callable[[SequenceGr
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, children = [os.pipe() for _ in range(size)], []
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as torchrun keeps it
     for number in range(size):
         child = os.fork()
         if child == 0:
@@ -253,6 +252,8 @@ def together(size: int, sequence: int, scenarios: dict[str, Callable[[SequenceGr
                 traceback.print_exc()
             os._exit(0)
         children.append(child)
+    # as torchrun keeps it; its thread looks names up, and a process forked meanwhile would wait for that lock for ever
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     answers = []
     for child, (read, write) in zip(children, pipes, strict=True):
         os.close(write)

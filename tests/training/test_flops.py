@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from gigatome.training.flops import FlopCounter, peak_tflops, speed
+from gigatome.training.flops import FlopCounter, measured_flops, peak_tflops, speed
 
 
 def test_products_are_counted_forward_and_backward_once_for_each_shape():
@@ -52,3 +52,10 @@ def test_speed_of_a_line():
 )
 def test_peaks(device, precision, peak):
     assert peak_tflops(device, precision) == peak
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_measured_products(precision):
+    found = measured_flops(torch.device("cpu"), precision)
+    assert 1e8 < found < 1e15
+    assert measured_flops(torch.device("meta"), precision) is None

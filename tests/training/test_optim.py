@@ -42,6 +42,14 @@ def test_biases_and_norms_do_not_decay_and_frozen_ones_are_left_out(module):
     assert groups == {("0.weight", "2.weight"): (0.1, 0.3), ("0.bias", "1.weight", "1.bias"): (0.1, 0.0)}
 
 
+def test_those_that_are_named_do_not_decay_either(module):
+    optimizer = make_optimizer("adamw", module.named_parameters(), undecayed={"2.weight"})
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    decays = {names[p]: group["decay_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert [name for name, scale in decays.items() if scale] == ["0.weight"]
+    assert decays["2.weight"] == 0
+
+
 @pytest.mark.parametrize(("rule", "expected"), [("none", 0.01), ("linear", 0.02), ("sqrt", 0.01 * 2**-0.5)])
 def test_scaled_lr(rule, expected):
     assert scaled_lr(0.01, 512, rule) == pytest.approx(expected)

@@ -49,7 +49,9 @@ def embed(
     augmentation: str | None = typer.Option(None, help="shared by the tiles of a draw, the default, or each its own."),
     augment_as: str | None = typer.Option(None, help="paper, by default, or code, which neither flips nor turns."),
     slide_encoder: str | None = typer.Option(
-        None, help="For level slide: run folder, its encoder folder, or the weights of Giga-SSL's authors."
+        None,
+        help="For level slide: run folder, its encoder folder, the weights of Giga-SSL's authors, or those of "
+        "Prov-GigaPath's as FILE?model=gigapath.",
     ),
     pooling: str | None = typer.Option(None, help="For level slide, in place of a slide encoder: mean."),
     views: int | None = typer.Option(None, help="For level slide: views that are averaged, 50 by default."),
@@ -119,20 +121,20 @@ def _embed_slides(context: typer.Context) -> None:
     from gigatome.embeddings.slide_store import holds_embeddings
     from gigatome.embeddings.slide_vectors import SlideVectorOptions, embed_slide_vectors, tiles_for
     from gigatome.encoders.on_tiles import tile_encoder_of
-    from gigatome.encoders.slide_zoo import open_slide_encoder
+    from gigatome.encoders.slide_zoo import open_any_slide_encoder
 
     given = dict(context.params)
     chosen = {"views": given["views"], "tiles": given["view_tiles"], "drawing": given["drawing"], "seed": given["seed"]}
     options = SlideVectorOptions(**{key: value for key, value in chosen.items() if value is not None})
     spec = given["slide_encoder"]
-    upper = None if spec is None else open_slide_encoder(spec)
+    upper = None if spec is None else open_any_slide_encoder(spec)
     with progress_bar() as progress:
         cohort = None
         if holds_embeddings(given["slides"]):
             store = tiles_for(given["slides"], None if upper is None else upper[1], given["encoder"])
         else:
             if upper is not None and spec is not None:
-                given["encoder"] = given["encoder"] or tile_encoder_of(spec)
+                given["encoder"] = given["encoder"] or tile_encoder_of(spec.partition("?")[0])
                 for key in ("tile_size", "mpp"):
                     source = context.get_parameter_source(key)
                     if source is None or source.name != "COMMANDLINE":
@@ -140,7 +142,7 @@ def _embed_slides(context: typer.Context) -> None:
             arguments = _arguments(given) | {"name": None, "overwrite": False}
             cohort = arguments["cohort"]
             store = embed_tiles(**arguments, overlap=given["overlap"], progress=progress)
-        keys = ("out", "device", "name", "overwrite")
+        keys = ("out", "device", "precision", "name", "overwrite")
         made = embed_slide_vectors(
             store, slide_encoder=upper, cohort=cohort, options=options, shard=_shard(given["shard"]), progress=progress,
             **{key: given[key] for key in keys},

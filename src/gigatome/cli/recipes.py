@@ -11,11 +11,12 @@ app = typer.Typer(help="List and show the built-in recipes.", no_args_is_help=Tr
 @app.command("list")
 def list_recipes() -> None:
     """List the built-in recipes: what each reproduces and whether we have measured it."""
-    from gigatome.recipes.schema import recipe_header, recipe_names, study_names
+    from gigatome.recipes.schema import finetune_names, recipe_header, recipe_names, study_names
 
     table = Table("recipe", "method", "paper", "reproduces", "status", box=None, pad_edge=False)
-    for name in sorted([*recipe_names(), *study_names()]):
-        header = {"method": "study", **recipe_header(name)}
+    kinds = {**dict.fromkeys(study_names(), "study"), **dict.fromkeys(finetune_names(), "fine-tuning")}
+    for name in sorted([*recipe_names(), *kinds]):
+        header = {"method": kinds.get(name), **recipe_header(name)}
         table.add_row(name, *(header[key] for key in ("method", "paper", "table", "status")))
     Console().print(table)
 

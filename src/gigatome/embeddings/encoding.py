@@ -90,14 +90,18 @@ def encode(
     if device.startswith("cuda"):
         tensor = tensor.pin_memory()
     tensor = tensor.to(device, non_blocking=True)
-    autocast = torch.autocast(torch.device(device).type, _AUTOCAST.get(precision), enabled=precision != "fp32")
     try:
         with torch.inference_mode():
             seen = view(tensor) if view else model.normalise(tensor)  # pyright: ignore[reportCallIssue]
-            with autocast:
+            with computing_in(precision, device):
                 return model(seen).float()
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"{device} lacks the memory for {len(images)} tiles at once; use a smaller batch") from error
+
+
+def computing_in(precision: Precision, device: str) -> torch.autocast:
+    """PyTorch's autocast to a precision; it does nothing for ``"fp32"``."""
+    return torch.autocast(torch.device(device).type, _AUTOCAST.get(precision), enabled=precision != "fp32")
 
 
 def encode_grids(

@@ -1,30 +1,28 @@
-"""Embeddings of tiles in, one embedding a slide out: the mean over views of a few tiles each."""
+"""Embeddings of tiles in, one embedding a slide out."""
 
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from gigatome.core.errors import ConfigError, MissingExtraError, StoreError
 from gigatome.core.job import Job, TilesDir
 from gigatome.core.logs import Failure, Progress, log, silent
-from gigatome.core.seeding import generator
 from gigatome.core.version import __version__
-from gigatome.embeddings.augmented import AugmentedBag, AugmentedStore, tile_cells
-from gigatome.embeddings.encoding import Maker, ready
+from gigatome.embeddings.augmented import AugmentedStore
+from gigatome.embeddings.encoding import Precision, ready
 from gigatome.embeddings.run import write_shard_failures
 from gigatome.embeddings.slide_store import TABLE, SlideStore, read_slide_vector, write_slide_vector
-from gigatome.embeddings.store import WEIGHTS, Bag, BagHeader, EmbeddingStore, read_header
-from gigatome.encoders.giga import GigaEncoder
-from gigatome.encoders.slide_zoo import Frame, SlideCard, open_slide_encoder, slide_name, slide_weights
+from gigatome.embeddings.slide_ways import Seen, SlideEncoder, SlideVectorOptions, way_of
+from gigatome.embeddings.store import WEIGHTS, BagHeader, EmbeddingStore, read_header
+from gigatome.encoders.gigapath_zoo import GigapathCard
+from gigatome.encoders.slide_zoo import SlideCard, open_any_slide_encoder
 from gigatome.slides.cohort import Cohort, patient_of
 
 HOW = "slide_options"
@@ -36,44 +34,17 @@ VIEW_TILES = "view_tiles"
 _GRID = "grid_digest"
 _OF_THE_FILE = ("name", "savetodir")
 _TILES_AT_ONCE = 8192
-_AUTHORS_SIDES = {"authors_training": 224.0, "authors_inference": 896.0}
-
-
-@dataclass(frozen=True)
-class SlideVectorOptions:
-    """How a slide is seen; Source: Giga-SSL (arXiv:2212.03273), 50 views of 5 tiles.
-
-    Attributes:
-        views: R, whose embeddings are averaged; the mean is then L2-normalised.
-        tiles: of a view, T; None for as many as a view had in training. A slide with fewer has one view, of them all.
-        drawing: ``"partition"``, as in the authors' later work: tiles are dealt without replacement, T to a view, and
-            again when they run out, so that all count alike; ``"replacement"``, as in the paper: each view draws T
-            with replacement; ``"all"``: one view of all tiles.
-        frame: of the places of tiles; None for the one that the slide encoder was trained on.
-        seed: of the draws, ≥ 0. View k of a slide depends on the seed, the slide's name, its number of tiles and k.
-    """
-
-    views: int = 50
-    tiles: int | None = None
-    drawing: Literal["partition", "replacement", "all"] = "partition"
-    frame: Frame | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.views < 1 or (self.tiles is not None and self.tiles < 1) or self.seed < 0:
-            raise ConfigError("views and their tiles must be at least 1, and the seed not negative")
-        if self.drawing not in ("partition", "replacement", "all"):
-            raise ConfigError(f"there is no drawing {self.drawing}; there are partition, replacement, all")
 
 
 def embed_slide_vectors(
     source: EmbeddingStore | AugmentedStore | str | Path,
     *,
-    slide_encoder: tuple[GigaEncoder, SlideCard] | str | Path | None,
+    slide_encoder: SlideEncoder | str | Path | None,
     out: str | Path | None = None,
     cohort: Cohort | None = None,
     options: SlideVectorOptions | None = None,
     device: str = "cpu",
+    precision: Precision = "fp32",
     name: str | None = None,
     shard: tuple[int, int] = (0, 1),
     overwrite: bool = False,
@@ -88,12 +59,14 @@ def embed_slide_vectors(
 
     Args:
         source: embeddings of tiles, or what :meth:`EmbeddingStore.open` takes; those of augmented tiles are used as
-            the authors' code does, which augments at inference too.
-        slide_encoder: what :func:`~gigatome.encoders.slide_zoo.open_slide_encoder` takes; None for the mean embedding.
+            Giga-SSL's code does, which augments at inference too.
+        slide_encoder: what :func:`~gigatome.encoders.slide_zoo.open_any_slide_encoder` takes or returns; None for the
+            mean embedding.
         out: job directory; that of ``source`` by default.
         cohort: which slides, and their patients; all of ``source`` by default, patients by their TCGA barcodes.
-        options: how slides are seen.
-        device: where the slide encoder runs, in float32.
+        options: how Giga-SSL's encoder sees slides; Prov-GigaPath's sees all tiles of one at once.
+        device: where the slide encoder runs.
+        precision: that Prov-GigaPath's computes in; Giga-SSL's computes in float32.
         name: of the slide encoder in file and folder names; the default tells other weights apart.
         shard: (i, n) takes every n-th slide from the i-th, from 0.
         overwrite: replace embeddings by other weights, or made in another way, of the same name.
@@ -112,10 +85,10 @@ def embed_slide_vectors(
     store = source if isinstance(source, EmbeddingStore | AugmentedStore) else EmbeddingStore.open(source)
     names = store.names()[shard[0] :: shard[1]] if cohort is None else [s.name for s in cohort][shard[0] :: shard[1]]
     patients = {} if cohort is None else {slide.name: slide.patient for slide in cohort}
-    run = _Run(store, slide_encoder, Path(out or store.job), options or SlideVectorOptions(), name, device)
+    run = _Run(store, slide_encoder, Path(out or store.job), options or SlideVectorOptions(), name, device, precision)
     run.failures += store.failures
     lost = {failure.slide for failure in store.failures}
-    with ready(run.model, device):
+    with ready(run.way.model, device):
         todo = run.unfinished([name for name in dict.fromkeys(names) if name not in lost], overwrite)
         done = len(names) - len(todo)
         for slide, vector, seen in run.vectors(todo):
@@ -127,7 +100,7 @@ def embed_slide_vectors(
     return run.result(patients, table=shard[1] == 1)
 
 
-def tiles_for(path: str | Path, card: SlideCard | None, encoder: str | None = None) -> EmbeddingStore:
+def tiles_for(path: str | Path, card: SlideCard | GigapathCard | None, encoder: str | None = None) -> EmbeddingStore:
     """The embeddings of tiles at ``path`` that a slide encoder takes; the only ones, where it does not say.
 
     Args:
@@ -146,11 +119,11 @@ def tiles_for(path: str | Path, card: SlideCard | None, encoder: str | None = No
     return EmbeddingStore.open(path, encoder=encoder)
 
 
-def _takes(card: SlideCard, store: EmbeddingStore) -> bool:
+def _takes(card: SlideCard | GigapathCard, store: EmbeddingStore) -> bool:
     header = next((read_header(store.path(name)) for name in store.names()[:1]), None)
     if header is None:
         return False
-    return header.dim == card.config.input_dim and header.weights in (card.tile_weights, "")
+    return header.dim == card.config.input_dim and (not card.tile_weights or header.weights in (card.tile_weights, ""))
 
 
 @final
@@ -160,13 +133,14 @@ class _Run:
     def __init__(
         self,
         store: EmbeddingStore | AugmentedStore,
-        slide_encoder: tuple[GigaEncoder, SlideCard] | str | Path | None,
+        slide_encoder: SlideEncoder | str | Path | None,
         job: Path,
         options: SlideVectorOptions,
         name: str | None,
         device: str,
+        precision: Precision,
     ):
-        self._store, self._device, self.job = store, device, job
+        self._store, self.job = store, job
         self.failures: list[Failure] = []
         first = next((header for slide in store.names() if (header := self._header(slide))), None)
         if first is None:
@@ -174,23 +148,13 @@ class _Run:
             raise StoreError(f"{store.folder}: holds no embeddings of tiles{why}; embed them first")
         self.failures.clear()  # each slide is looked at again
         self._tiles = first
-        given = open_slide_encoder(slide_encoder) if isinstance(slide_encoder, str | Path) else slide_encoder
-        augmented = {"tiles_of": "augmented"} if isinstance(store, AugmentedStore) else {}
-        if given is None:
-            digest = hashlib.sha256(f"mean {first.weights}".encode()).hexdigest()[:16]
-            self.model, self.card, self.options = nn.Identity(), None, options
-            self.maker = Maker(name or f"mean-{first.encoder}", digest if first.weights else "", first.dim)
-            how: dict[str, Any] = {"pooling": "mean"}
-        else:
-            self.model, self.card = given
-            self.card.check_tiles(first.encoder, first.weights, first.dim, store.folder)
-            self.options = replace(
-                options, tiles=options.tiles or self.card.tiles, frame=options.frame or self.card.frame
-            )
-            name = name or slide_name(self.model, self.card, first.weights)
-            self.maker = Maker(name, slide_weights(self.model, first.weights), self.model.dim)
-            how = asdict(self.options)
-        self.how = json.dumps({**how, **augmented}, sort_keys=True)
+        given = open_any_slide_encoder(slide_encoder) if isinstance(slide_encoder, str | Path) else slide_encoder
+        if given is not None:
+            given[1].check_tiles(first.encoder, first.weights, first.dim, store.folder)
+        augmented = isinstance(store, AugmentedStore)
+        self.way = way_of(given, first, options, name=name, device=device, precision=precision, augmented=augmented)
+        self.maker = self.way.maker
+        self.how = json.dumps({**self.way.how, **({"tiles_of": "augmented"} if augmented else {})}, sort_keys=True)
         self.folder = TilesDir(job / store.tiles.path.name).slide_features(self.maker.name)
 
     def unfinished(self, names: Sequence[str], overwrite: bool) -> list[str]:
@@ -216,10 +180,9 @@ class _Run:
                 todo.append(name)
         return todo
 
-    def vectors(self, names: Sequence[str]) -> "Iterator[tuple[str, NDArray[np.float32] | None, _Seen | None]]":
+    def vectors(self, names: Sequence[str]) -> Iterator[tuple[str, NDArray[np.float32] | None, Seen | None]]:
         """The vector of each slide and its tiles; None where there is none, for which a failure tells the reason."""
-        alone = self.card is None or self.card.config.edges == "batch"  # then a slide depends on the others of a batch
-        waiting: list[_Seen] = []
+        waiting: list[Seen] = []
         for name in names:
             try:
                 waiting.append(self._look(name))
@@ -229,18 +192,18 @@ class _Run:
                 self._fail(name, error)
                 yield name, None, None
                 continue
-            if alone or sum(seen.rows.size for seen in waiting) >= _TILES_AT_ONCE:
+            if self.way.alone or sum(seen.rows.size for seen in waiting) >= _TILES_AT_ONCE:
                 yield from self._encoded(waiting)
                 waiting = []
         yield from self._encoded(waiting)
 
-    def write(self, seen: "_Seen", vector: NDArray[np.float32], patient: str) -> None:
+    def write(self, seen: Seen, vector: NDArray[np.float32], patient: str) -> None:
         """Writes a slide's file."""
         stated = {key: value for key, value in seen.bag.attrs.items() if key not in _OF_THE_FILE}
         stated |= {"tile_encoder": self._tiles.encoder, "tile_encoder_weights": self._tiles.weights}
         stated |= {HOW: self.how, _GRID: _digest(seen.bag.coords), "version": __version__}
-        if self.card is not None:
-            stated[VIEW_TILES] = 0 if self.options.drawing == "all" else self.options.tiles
+        if self.way.view_tiles is not None:
+            stated[VIEW_TILES] = self.way.view_tiles
         write_slide_vector(
             self.folder / f"{seen.name}.h5", vector,
             encoder=self.maker.name, weights=self.maker.weights, patient=patient, stated=stated,
@@ -293,35 +256,30 @@ class _Run:
             )
         return attrs.get(_GRID) == _digest(header.coords)
 
-    def _look(self, name: str) -> "_Seen":
-        """Views of a slide; raises :class:`StoreError`."""
-        bag = self._store.read(name)
+    def _look(self, name: str) -> Seen:
+        """What is seen of a slide; raises :class:`StoreError`."""
+        bag, path = self._store.read(name), self._store.path(name)
         if not np.isfinite(np.sum(bag.embeddings, dtype=np.float64)):
-            raise StoreError(f"{self._store.path(name)}: has embeddings that are not finite; embed the slide again")
-        if self.card is None:
-            return _Seen(name, bag, np.zeros((0, 0), np.int64), np.zeros((0, 0, 2), np.int64))
-        groups = len(bag.embeddings) if isinstance(bag, AugmentedBag) else 1
-        rows = draw_views(self.options, name, bag.coords[..., 0].size // groups, groups)
-        coords = bag.coords.reshape(-1, 2)
+            raise StoreError(f"{path}: has embeddings that are not finite; embed the slide again")
         try:
-            frame = self.options.frame or "tile"
-            places = tile_cells(coords, bag.attrs) if frame == "tile" else coords / _AUTHORS_SIDES[frame]
+            return self.way.look(name, bag)
         except KeyError as error:
-            raise StoreError(f"{self._store.path(name)}: does not state {error}, and so not where tiles lie") from error
-        seen = places[rows]
-        return _Seen(name, bag, rows, np.floor(seen - seen.min(1, keepdims=True)).astype(np.int64))
+            raise StoreError(f"{path}: does not state {error}, and so not where tiles lie") from error
+        except ConfigError as error:
+            raise StoreError(f"{path}: {error}") from error
 
     def _compare(self, attrs: Mapping[str, Any]) -> None:
         """Warns of tiles unlike those of training."""
         used = attrs.get("patch_size"), attrs.get("target_mpp")
-        if self.card is None or None in used or used == (self.card.tile_size, self.card.mpp):
+        card = self.way.card
+        if card is None or None in used or used == (card.tile_size, card.mpp):
             return
         text = "%s: was trained on embeddings of tiles of %d px at %g mpp; these are of %d px at %g mpp"
-        log.warning(text, self.card.name, self.card.tile_size, self.card.mpp, *used)
+        log.warning(text, card.name, card.tile_size, card.mpp, *used)
 
-    def _encoded(self, seen: "Sequence[_Seen]") -> "Iterator[tuple[str, NDArray[np.float32] | None, _Seen]]":
+    def _encoded(self, seen: Sequence[Seen]) -> Iterator[tuple[str, NDArray[np.float32] | None, Seen]]:
         try:
-            vectors = self._encode(seen) if seen else []
+            vectors = self.way.encode(seen) if seen else []
         except ValueError as error:  # of one slide: find it
             if len(seen) > 1:
                 yield from itertools.chain.from_iterable(self._encoded([one]) for one in seen)
@@ -334,65 +292,8 @@ class _Run:
                 vector = None
             yield one.name, vector, one
 
-    def _encode(self, seen: "Sequence[_Seen]") -> list[NDArray[np.float32]]:
-        if self.card is None:
-            return [one.tiles.mean(0, dtype=np.float64).astype(np.float32) for one in seen]
-        x = np.concatenate([one.tiles[one.rows.ravel()] for one in seen], dtype=np.float32)
-        cells = np.concatenate([one.cells.reshape(-1, 2) for one in seen])
-        bounds = np.cumsum([0, *(one.rows.shape[1] for one in seen for _ in one.rows)])
-        parts = (torch.from_numpy(part).to(self._device) for part in (x, cells, bounds))
-        try:
-            with torch.inference_mode():
-                found = self.model(*parts).float().cpu().numpy()
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(f"{self._device} lacks the memory for {len(x)} tiles at once") from error
-        vectors = []
-        for start, one in zip(np.cumsum([0, *(len(one.rows) for one in seen)]), seen, strict=False):
-            mean = found[start : start + len(one.rows)].mean(0, dtype=np.float64)
-            vectors.append((mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32))
-        return vectors
-
     def _fail(self, name: str, error: Exception) -> None:
         self.failures.append(Failure.of(name, "embed", error))
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """A slide and its views: rows int64 [R, T] of their tiles, and cells int64 [R, T, 2], from 0."""
-
-    name: str
-    bag: Bag | AugmentedBag
-    rows: NDArray[np.int64]
-    cells: NDArray[np.int64]
-
-    @property
-    def tiles(self) -> NDArray[Any]:
-        """[N, D]; of augmented tiles one draw after the other."""
-        return self.bag.embeddings.reshape(-1, self.bag.embeddings.shape[-1])
-
-
-def draw_views(options: SlideVectorOptions, name: str, tiles: int, groups: int = 1) -> NDArray[np.int64]:
-    """Which tiles each view of a slide has, int64 [R, T].
-
-    Args:
-        options: how; without ``tiles`` a view has 5.
-        name: of the slide.
-        tiles: of each group.
-        groups: draws of augmented tiles, one after the other; view k sees the (k mod ``groups``)-th.
-    """
-    wanted = options.tiles or 5
-    if options.drawing == "all" or (tiles <= wanted and options.drawing == "partition"):
-        return np.arange(groups * tiles).reshape(groups, tiles)[: options.views]
-    random = generator(options.seed, "slide_vectors", name)
-    if options.drawing == "replacement":
-        chosen = random.integers(tiles, size=(options.views, wanted))
-    else:
-        each, rounds = tiles // wanted, -(-options.views // (groups * (tiles // wanted)))
-        dealt = [[random.permutation(tiles)[: each * wanted] for _ in range(groups)] for _ in range(rounds)]
-        hands = np.array(dealt).reshape(rounds, groups, each, wanted)
-        chosen = hands.transpose(0, 2, 1, 3).reshape(-1, wanted)[: options.views]
-    return chosen + np.arange(options.views)[:, None] % groups * tiles
 
 
 def _digest(coords: NDArray[np.int64]) -> str:

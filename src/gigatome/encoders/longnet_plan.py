@@ -78,6 +78,7 @@ def plan_longnet(
     precision: Precision = "bf16",
     checkpointing: Checkpointing = "selective",
     batch: int = 1,
+    unit: int = 1,
     max_memory: int | None = None,
 ) -> Plan:
     """What a training step takes.
@@ -102,15 +103,15 @@ def plan_longnet(
         precision: of products.
         checkpointing: what is kept for the gradient.
         batch: sequences that each process works on at once.
+        unit: tokens that one process holds together, such as a row of patches.
         max_memory: bytes that a process may take; None is any number.
 
     Raises:
-        ConfigError: there are fewer tokens than processes, or a process takes more than ``max_memory``; the message
-            says which plan fits.
+        ConfigError: fewer tokens than processes, or more than ``max_memory``; the message says which plan fits.
     """
     if min(tokens, ranks, batch) < 1:
         raise ConfigError(f"tokens {tokens}, ranks {ranks} and batch {batch} must be positive")
-    shares = [Share(SequenceGroup(ranks, rank), tokens) for rank in range(ranks)]
+    shares = [Share(SequenceGroup(ranks, rank), tokens // unit, unit) for rank in range(ranks)]
     own = max(len(share.own) for share in shares)
     d, e = config.dim // config.attention.heads, 2 if precision == "bf16" else 4
     counts = [_counts(config, share) for share in shares]
@@ -119,18 +120,22 @@ def plan_longnet(
     returned = 2 * d * e * batch * max(count.returned for count in counts)
     parameters = _parameters(config)
     forward, backward = _flops(config, own, batch, attention, checkpointing)
-    times = 3 if checkpointing == "block" else 2  # keys and values are fetched
-    traffic = config.depth * (times * fetched + returned) + 2 * (ranks - 1) * 4 * parameters // ranks
+    fetches = 3 if checkpointing == "block" else 2
     plan = Plan(
         tokens=tokens, ranks=ranks, batch=batch, precision=precision, checkpointing=checkpointing, tokens_per_rank=own,
         forward_flops=forward, backward_flops=backward,
         parameter_bytes=(4 if precision == "fp32" else 6) * parameters, optimizer_bytes=12 * parameters,
         activation_bytes=_activations(config, own, batch, e, checkpointing) + 2 * fetched,
-        communication_bytes=traffic,
+        communication_bytes=config.depth * (fetches * fetched + returned) + gradient_traffic(parameters, ranks),
     )  # fmt: skip
     if max_memory is not None and plan.memory > max_memory:
         raise ConfigError(memory_advice(config, plan, max_memory))
     return plan
+
+
+def gradient_traffic(parameters: int, processes: int) -> int:
+    """Bytes that a process receives when gradients are averaged over all, in a ring."""
+    return 2 * (processes - 1) * 4 * parameters // processes
 
 
 def suggest(
@@ -140,9 +145,11 @@ def suggest(
     max_memory: int,
     precision: Precision = "bf16",
     batch: int = 1,
+    unit: int = 1,
+    least_ranks: int = 1,
     most_ranks: int = 64,
 ) -> Plan:
-    """The plan of the fewest processes, a power of two, and then of the least arithmetic, that fits.
+    """The plan of the fewest processes, and then of the least arithmetic, that fits.
 
     Args:
         config: of the encoder.
@@ -150,17 +157,22 @@ def suggest(
         max_memory: bytes that a process may take.
         precision: of products.
         batch: sequences that each process works on at once.
+        unit: tokens that one process holds together.
+        least_ranks: processes of a sequence to begin with; their number is doubled.
         most_ranks: processes that there are.
 
     Raises:
         ConfigError: none fits; the message says what the smallest takes.
     """
-    counts = [2**power for power in range(most_ranks.bit_length()) if 2**power <= min(most_ranks, tokens)]
+    most = min(most_ranks, tokens // unit)
+    counts = [least_ranks << power for power in range(most_ranks.bit_length()) if least_ranks << power <= most]
     if not counts:
         raise ConfigError(f"tokens {tokens} and most_ranks {most_ranks} must be positive")
     least = None
     for ranks, checkpointing in product(counts, _CHECKPOINTING):
-        plan = plan_longnet(config, tokens, ranks=ranks, precision=precision, checkpointing=checkpointing, batch=batch)
+        plan = plan_longnet(
+            config, tokens, ranks=ranks, precision=precision, checkpointing=checkpointing, batch=batch, unit=unit
+        )
         if plan.memory <= max_memory:
             return plan
         least = plan if least is None or plan.memory < least.memory else least

@@ -1,11 +1,15 @@
 """LongViTs on disk.
 
-A folder holds ``encoder.safetensors``, with the authors' keys, and ``encoder.json``, the card.
+A folder holds ``encoder.safetensors``, with the authors' keys, and ``encoder.json``, the card. One with a head, which
+:mod:`gigatome.encoders.slide_vit` makes and writes, has the head among its weights and a card that says more.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from gigatome import config as configuration
 from gigatome.core.errors import ConfigError, RunError, StoreError
@@ -22,6 +26,10 @@ from gigatome.encoders.folders import (
 from gigatome.encoders.longvit import LongVit, LongVitConfig, load_longvit
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
+from gigatome.tiles.slide_images import SlideImageOptions
+
+SLIDE_PIXELS = "slide pixels"
+"""Level of a LongViT with a head."""
 
 _MODEL = "?model=longvit"  # after a file of weights
 
@@ -45,6 +53,31 @@ class LongVitCard:
     mpp: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class SlideVitCard:
+    """What one must know to use a LongViT with a head.
+
+    Attributes:
+        name: short name.
+        config: architecture, and the normalisation of its pixels.
+        images: what it was trained on; of these, ``image_size`` and ``aspect`` are those of prediction too.
+        target: what it predicts: column of classes, or columns of a survival.
+        level: what it predicts for, ``"slide"`` or ``"patient"``.
+        classes: whose logits these are; empty for a survival.
+        edges: of the time bins whose hazards these are, bins + 1; empty for classes, and for a log-risk.
+        source: where the weights come from.
+    """
+
+    name: str
+    config: LongVitConfig
+    images: SlideImageOptions
+    target: str
+    level: str
+    classes: tuple[str, ...] = ()
+    edges: tuple[float, ...] = ()
+    source: str = ""
+
+
 def save_longvit(encoder: LongVit, folder: str | Path, card: LongVitCard) -> None:
     """Writes a LongViT and its card into ``folder``."""
     content = {"level": "pixels", "card": configuration.to_dict(card), "digest": longvit_digest(encoder)}
@@ -56,14 +89,14 @@ def open_longvit(spec: str | Path) -> tuple[LongVit, LongVitCard]:
 
     Args:
         spec: a run folder of ``gigatome train`` with a recipe of level pixels, also of a run that has not finished;
-            the folder of a LongViT; or the authors' file of weights, ``longvit_small_patch32_1024.pth``, after which
-            ``?model=longvit`` may stand.
+            the folder of a LongViT, whose head, if it has one, is left out; or the authors' file of weights,
+            ``longvit_small_patch32_1024.pth``, after which ``?model=longvit`` may stand.
 
     Raises:
         StoreError: there is nothing at ``spec``, or it cannot be read.
         RunError: it is no LongViT.
     """
-    path = Path(str(spec).removesuffix(_MODEL))
+    path = longvit_path(spec)
     if path.is_file():
         model = load_longvit(path)
         return model, LongVitCard(path.stem, model.config, source=path.name)
@@ -82,27 +115,70 @@ def open_pixel_encoder(spec: str | Path) -> TileEncoder | LongVit:
     return open_longvit(spec)[0] if _is_longvit(str(spec)) else load_encoder(spec)
 
 
+def longvit_path(spec: str | Path) -> Path:
+    """The path in what :func:`open_longvit` takes."""
+    return Path(str(spec).removesuffix(_MODEL))
+
+
 def longvit_digest(encoder: LongVit) -> str:
     """Hash of all that decides an embedding, weights and normalisation: 16 hexadecimal digits."""
-    seen = asdict(encoder.config) | {"segments": encoder.config.encoder().attention.segments}
+    return state_digest(encoder.config, encoder.state_dict())
+
+
+def state_digest(config: LongVitConfig, state: Mapping[str, Tensor]) -> str:
+    """Hash of all that decides what a network says of an image: 16 hexadecimal digits.
+
+    Args:
+        config: of the LongViT.
+        state: its weights by the authors' keys, and those of its head if it has one.
+    """
+    seen = asdict(config) | {"segments": config.encoder().attention.segments}
     del seen["image_size"]  # which only chooses the segments
-    return weights_digest(json.dumps(seen, sort_keys=True), encoder.state_dict())
+    return weights_digest(json.dumps(seen, sort_keys=True), state)
+
+
+def read_slide_vit(folder: Path) -> tuple[SlideVitCard, dict[str, Tensor]]:
+    """Card and weights of a LongViT with a head, by the authors' keys; ``folder`` has a card.
+
+    Raises:
+        RunError: it holds another encoder, cannot be read, or weights and card do not belong together.
+    """
+    what = "a LongViT with a head"
+    refusal = f"is not {what}; give what a fine-tuning on slides has written"
+    card, weights, digest = read_folder(
+        folder, SlideVitCard, what=what, refusal=lambda level: "" if level == SLIDE_PIXELS else refusal
+    )
+    check_digest(folder, state_digest(card.config, weights), digest)
+    return card, weights
+
+
+def is_slide_vit(path: Path) -> bool:
+    """Whether a folder holds a LongViT with a head."""
+    return path.is_dir() and _level(path) == SLIDE_PIXELS
 
 
 def _is_longvit(spec: str) -> bool:
     path = Path(spec)
     if spec.endswith(_MODEL) or not path.is_dir():
         return spec.endswith(_MODEL)
+    return _level(path) in ("pixels", SLIDE_PIXELS)
+
+
+def _level(path: Path) -> str | None:
+    """Which a folder of an encoder or of a run says that it is of."""
     folder = find_folder(path)
     try:
         if folder is not None:
-            return json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get("level") == "pixels"
-        return configuration.read_yaml(path / "recipe.yaml").get("level") == "pixels"
+            return json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get("level")
+        return configuration.read_yaml(path / "recipe.yaml").get("level")
     except (OSError, ValueError, AttributeError, ConfigError):
-        return False  # whoever opens it says what is wrong
+        return None  # whoever opens it says what is wrong
 
 
 def _read_folder(folder: Path) -> tuple[LongVit, LongVitCard]:
+    if is_slide_vit(folder):
+        slides, weights = read_slide_vit(folder)
+        return load_longvit(weights, slides.config), LongVitCard(slides.name, slides.config, slides.source)
     card, weights, digest = read_folder(folder, LongVitCard, what="a LongViT", refusal=_refusal)
     encoder = load_longvit(weights, card.config)
     check_digest(folder, longvit_digest(encoder), digest)

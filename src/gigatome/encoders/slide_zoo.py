@@ -30,6 +30,8 @@ from gigatome.encoders.folders import (
     weights_digest,
 )
 from gigatome.encoders.giga import GigaConfig, GigaEncoder, build_giga, from_resnet, load_gigassl
+from gigatome.encoders.gigapath import GigapathEncoder
+from gigatome.encoders.gigapath_zoo import GigapathCard, is_gigapath, open_gigapath
 from gigatome.encoders.on_tiles import check_tiles, weights_with_tiles, write_with_tiles
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.weights import load_weights, read_weights
@@ -133,17 +135,29 @@ def open_slide_encoder(spec: str | Path) -> tuple[GigaEncoder, SlideCard]:
 
     Raises:
         StoreError: there is nothing at ``spec``, or it cannot be read.
-        RunError: it is no slide encoder.
+        RunError: it is no slide encoder, or one of Prov-GigaPath's.
     """
+    if is_gigapath(spec):
+        raise RunError(f"{spec}: is a slide encoder of Prov-GigaPath's, which embeds slides and is not trained here")
     path = Path(spec)
     if path.is_file():
-        encoder = load_gigassl(path)
+        try:
+            encoder = load_gigassl(path)
+        except RunError as error:
+            raise RunError(f"{error}; for weights of Prov-GigaPath write {spec}?model=gigapath") from error
         authors = {"tile_size": 224, "mpp": 1.0, "tiles": 5, "frame": "authors_inference"}
         return encoder, SlideCard(path.stem, encoder.config, source=path.name, **authors)
     if not path.is_dir():
         raise StoreError(f"{spec}: no such slide encoder; give a run folder, the folder of one, or a file of weights")
     folder = find_folder(path)
     return _read_folder(folder) if folder else _read_unfinished(path)
+
+
+def open_any_slide_encoder(
+    spec: str | Path,
+) -> tuple[GigaEncoder, SlideCard] | tuple[GigapathEncoder, GigapathCard]:
+    """As :func:`open_slide_encoder`, or :func:`gigatome.encoders.gigapath_zoo.open_gigapath` where ``spec`` says so."""
+    return open_gigapath(spec) if is_gigapath(spec) else open_slide_encoder(spec)
 
 
 def slide_digest(encoder: GigaEncoder) -> str:

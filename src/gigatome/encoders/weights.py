@@ -17,7 +17,7 @@ from gigatome.encoders.hub import HUB, fetch
 from gigatome.encoders.layouts import to_timm
 
 _PARTS = ("teacher", "student", "state_dict", "model")
-_PREFIXES = ("module.", "backbone.", "encoder.", "vit.")
+_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "vit.")
 _QUERIES = ("encoder_q.", "base_encoder.")  # the trained network of MoCo v2 and v3; the other one is its average
 _HEADS = ("head.", "dino_head.", "ibot_head.", "fc.", "mask_token")
 
@@ -37,6 +37,11 @@ def read_weights(path: str | Path, *, part: Literal["teacher", "student"] = "tea
         StoreError: the file cannot be fetched or read, or holds more than weights.
         RunError: it holds no weights.
     """
+    return encoder_weights(read_content(path), source=str(path), part=part)
+
+
+def read_content(path: str | Path) -> Mapping[str, Any]:
+    """All that a file of weights holds; arguments and errors are those of :func:`read_weights`."""
     if str(path).startswith(HUB):
         path = fetch(str(path).removeprefix(HUB))
     path = Path(path)
@@ -54,7 +59,7 @@ def read_weights(path: str | Path, *, part: Literal["teacher", "student"] = "tea
         raise StoreError(f"{path}: cannot be read as weights: {reason}") from error
     if not isinstance(content, Mapping):
         raise RunError(f"{path}: holds no weights but a {type(content).__name__}")
-    return encoder_weights(content, source=str(path), part=part)
+    return content
 
 
 def encoder_weights(
@@ -63,7 +68,7 @@ def encoder_weights(
     """Encoder weights in the content of a checkpoint.
 
     A network inside (``part``, ``state_dict`` and the like, MoCo's query encoder) is picked, the prefixes ``module.``,
-    ``backbone.``, ``encoder.`` and ``vit.`` are stripped, heads are dropped, and keys become those of timm
+    ``model.``, ``backbone.``, ``encoder.`` and ``vit.`` are stripped, heads are dropped, and keys become those of timm
     (:func:`gigatome.encoders.layouts.to_timm`).
 
     Raises:

@@ -165,7 +165,7 @@ def _read_folder(path: Path) -> tuple[TileEncoder, EncoderCard]:
 
 
 def _refusal(level: str, tile: Path) -> str:
-    if level == "pixels":
+    if level in ("pixels", "slide pixels"):
         return _LONGVIT
     return "" if level == "tile" else f"is an encoder of {level}s, not of tiles; that of its tiles is {tile}"
 

@@ -1,6 +1,7 @@
 """Trains what a recipe says on the slides of a cohort, or on a store of grids or of augmented embeddings."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -26,6 +27,7 @@ from gigatome.encoders.slide_zoo import open_slide_encoder
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
 from gigatome.recipes.data import Data, open_data
+from gigatome.recipes.longvit_plan import step_advice
 from gigatome.recipes.schema import AnyRecipe, PixelRecipe, Recipe, RegionRecipe, SlideRecipe
 from gigatome.recipes.watch import Watch, WatchOptions
 from gigatome.selfsup.dino import Dino
@@ -35,6 +37,7 @@ from gigatome.selfsup.simclr import Simclr, SimclrOptions
 from gigatome.tiles.stream import TileStream
 from gigatome.training.launch import Control, first_process_first, launched, own_device
 from gigatome.training.loop import fit
+from gigatome.training.memory import explained_memory
 
 _DATA = {"tile": "slides", "pixels": "slides", "region": "slides or embeddings", "slide": "slides or embeddings"}
 
@@ -123,16 +126,24 @@ def train(
         run = partial(
             fit, method, stream, recipe.fit, out, resume=resume, identity=recipe.identity(), progress=progress
         )
-        if watch is None:
-            result = run()
-        else:
-            with _watching(recipe, method, stream, watch, out) as hook:
-                result = run(evaluate=hook, sinks=hook.sinks)
+        with _explained(recipe):
+            if watch is None:
+                result = run()
+            else:
+                with _watching(recipe, method, stream, watch, out) as hook:
+                    result = run(evaluate=hook, sinks=hook.sinks)
         stream.close()
         log.info("%s", stream.report().sentence())
         failures = tuple(dict.fromkeys(chain.from_iterable(control.gather(tuple(stream.failures)))))
         control.on_first(partial(write_failures, out / "failures.csv", failures))
     return Run(out, recipe, result.step, not result.preempted, failures)
+
+
+def _explained(recipe: AnyRecipe) -> AbstractContextManager[None]:
+    """Says what would fit when a recipe that can be planned runs out of memory in the block."""
+    if not isinstance(recipe, PixelRecipe):
+        return nullcontext()
+    return explained_memory(partial(step_advice, recipe, world_size(), own_device(recipe.fit.device)))
 
 
 def _watching(

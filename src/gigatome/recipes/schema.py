@@ -321,12 +321,22 @@ def _view_sizes(options: MethodOptions) -> dict[str, int]:
 
 def recipe_names() -> list[str]:
     """Names of the built-in recipes that train an encoder, sorted."""
-    return [name for name, path in _built_in().items() if not is_study(path)]
+    return [name for name, path in _built_in().items() if not (is_study(path) or is_finetune(path))]
 
 
 def study_names() -> list[str]:
     """Names of the built-in recipes that evaluate heads (:mod:`gigatome.recipes.studies`), sorted."""
     return [name for name, path in _built_in().items() if is_study(path)]
+
+
+def finetune_names() -> list[str]:
+    """Names of the built-in recipes that fine-tune on slides (:mod:`gigatome.recipes.finetune_schema`), sorted."""
+    return [name for name, path in _built_in().items() if is_finetune(path)]
+
+
+def is_finetune(path: Path) -> bool:
+    """Whether a recipe's file is that of a fine-tuning."""
+    return "\noutcome:" in path.read_text(encoding="utf-8")
 
 
 def is_study(path: Path) -> bool:
@@ -378,5 +388,9 @@ def _find(source: str | Path) -> Path:
         raise ConfigError(
             f"{source} is a study: it trains heads on embeddings that are there. Run "
             f"gigatome evaluate {source} --embeddings JOB --labels CSV -o OUT"
+        )
+    if is_finetune(path):
+        raise ConfigError(
+            f"{source} fine-tunes on labelled slides. Run gigatome train {source} --data SLIDES --labels CSV -o RUN"
         )
     return path

@@ -27,6 +27,7 @@ from gigatome.core.logs import log
 from gigatome.slides.fallback import OpenSlideReader, TifffileReader
 from gigatome.slides.index import SlideIndex
 from gigatome.slides.index_cache import IndexCache, user_cache
+from gigatome.slides.pieces import read_pieces
 from gigatome.slides.reader import Level, LevelReader, TiffReader
 from gigatome.slides.resample import Axis, resample
 from gigatome.slides.tiff import TiffFile
@@ -158,6 +159,27 @@ class Slide:
         step = level0_length(1, checked_mpp(self._label, mpp), self.mpp)
         axes = Axis(x, step, tile_size), Axis(y, step, tile_size)
         return TilePlan(self._reader, self._view(*axes, exact, dct_scaling))
+
+    def read_axes(self, x: Axis, y: Axis, *, exact: bool = False) -> np.ndarray:
+        """Pixels at places of one's own, whose steps may differ in x and y; white outside the slide.
+
+        A part of an axis (:meth:`~gigatome.slides.resample.Axis.part`) gives exactly the pixels of the whole, so that
+        an image can be read in pieces. Resampled as by :meth:`read`, but for the corner, which stays where it is.
+
+        Args:
+            x: the columns, in level-0 pixels.
+            y: the rows, likewise.
+            exact: as in :meth:`read`.
+
+        Returns:
+            uint8 [y.count, x.count, 3].
+
+        Raises:
+            DamagedSlideError: a chunk is truncated or damaged.
+            StoreError: the bytes cannot be had.
+        """
+        view = self._view(x, y, exact, True)
+        return read_pieces(partial(read_view, self._reader, view), view.source, x, y)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """Stored pixels of one level: uint8 [height, width, 3]; ``x``, ``y`` in pixels of that level, white outside."""

@@ -1,6 +1,7 @@
 """How much of a device's arithmetic a run uses."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -21,6 +22,9 @@ _PEAKS = {  # TFLOP/s without sparsity: bfloat16 on tensor cores, float32 withou
     "A10": (125.0, 31.2),
     "V100": (0.0, 15.7),
 }
+
+_SIDES = {"cuda": 8192, "cpu": 1024}  # of matrices large enough to keep a device busy
+_LONG_ENOUGH = 0.2  # seconds
 
 
 @final
@@ -99,3 +103,32 @@ def peak_tflops(device: str, precision: str) -> float | None:
         if name in device:
             return (bf16 if precision == "bf16" else fp32) or None
     return None
+
+
+def measured_flops(device: torch.device, precision: str) -> float | None:
+    """Operations a second of products of large matrices, the best of a fraction of a second.
+
+    Args:
+        device: to measure.
+        precision: ``"fp32"`` or ``"bf16"``.
+
+    Returns:
+        None if there is no such device here.
+    """
+    if device.type not in _SIDES or (device.type == "cuda" and not torch.cuda.is_available()):
+        return None
+    side, best, start = _SIDES[device.type], float("inf"), time.perf_counter()
+    left, right, out = torch.rand(3, side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
+    rounds = 0
+    while rounds < 2 or time.perf_counter() - start < _LONG_ENOUGH:  # the first one warms up
+        _synchronise(device)
+        before = time.perf_counter()
+        torch.mm(left, right, out=out)
+        _synchronise(device)
+        best, rounds = min(best, time.perf_counter() - before), rounds + 1
+    return 2 * side**3 / best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gigatome.core.errors import ConfigError, GigatomeError, RunError
-from gigatome.distributed import rank, world_size
+from gigatome.distributed import finish, rank, world_size
 
 PREEMPTED = 75
 """Exit status of a process that a signal has stopped, after saving: the run is to be queued again."""
@@ -118,13 +118,14 @@ class Control:
         if self._group is None:
             return mine
         flag = torch.tensor(int(mine))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        finish(dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag, self._group)
         return bool(flag)
 
     def gather(self, mine: _T) -> list[_T]:
         """The value of each process, in their order."""
         if self._group is None:
             return [mine]
+        self.any(False)  # which names a process that is gone, and waits while the first one saves
         values: list[Any] = [None] * world_size()
         dist.all_gather_object(values, mine, group=self._group)
         return values

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigatome.core.errors import RunError
+from gigatome.core.errors import ConfigError, RunError
 from gigatome.core.logs import Progress, log, silent
 from gigatome.core.seeding import torch_seed
-from gigatome.distributed import mean_over_ranks, rank, world_size
+from gigatome.distributed import SequenceGroup, mean_over_ranks, rank, sequence_group, world_size
 from gigatome.encoders.vit import unfuse_attention
 from gigatome.training import checkpoint as checkpoints
 from gigatome.training.flops import FlopCounter, speed
 from gigatome.training.interrupts import Interrupts
 from gigatome.training.launch import Control, own_device
-from gigatome.training.method import Batch, Method, Stream
+from gigatome.training.method import Batch, HostImages, Method, Stream, Undecayed
 from gigatome.training.optim import clip_gradients, make_optimizer, scaled_lr, set_rates, step_if
 from gigatome.training.options import FitOptions
 from gigatome.training.parallel import Parallel
@@ -75,6 +75,7 @@ def fit(
     *,
     resume: bool = False,
     identity: str = "",
+    group: SequenceGroup | None = None,
     evaluate: Callable[[int], Mapping[str, Any]] | None = None,
     sinks: Sequence[Sink] = (),
     progress: Progress = silent,
@@ -86,27 +87,35 @@ def fit(
     finish the step, save and return.
 
     Where torchrun has started several processes, call it in all of them, within
-    :func:`gigatome.training.launch.launched`; ``out`` must be one folder for all.
+    :func:`gigatome.training.launch.launched`; ``out`` must be one folder for all. Those of a ``group`` work on the same
+    batch, of whose images each may hold a part, and draw the same random numbers; the method has them tell each other
+    what they need. If a process is gone, the others end with its number.
 
     Args:
         method: what to learn; trained in place.
-        stream: of what this process learns from, in batches of ``options.batch_size`` / processes.
+        stream: of what this process learns from, in batches of ``options.batch_size`` / processes, or / groups.
         options: of the run.
         out: folder of the run.
         resume: go on from the last checkpoint in ``out``; a run that is complete returns at once.
         identity: of the run, such as the recipe's name and hash; a checkpoint with another one is refused.
+        group: processes that share what each of them learns from, of :func:`gigatome.distributed.sequence_group`;
+            None if each learns from its own.
         evaluate: called with the steps finished, in every process; what it returns in the first joins
             ``metrics.jsonl``. It must leave the weights.
         sinks: other places for the lines of ``metrics.jsonl``, in the first process.
         progress: told of every step.
 
     Raises:
+        ConfigError: the batch cannot be cut so, or weights are sharded over processes that share sequences.
         RunError: ``out`` holds a run and ``resume`` is false, or the run of another ``identity`` or number of
             processes; a checkpoint cannot be written or read; the stream ends or gives other batches; three steps in
-            a row were not finite.
+            a row were not finite; another process does not answer.
     """
     out, device, steps = Path(out), own_device(options.device), options.total_steps
-    share, control = options.share(world_size()), Control()
+    group = group or sequence_group(1)
+    if group.size > 1 and options.parallel == "fsdp":
+        raise ConfigError("fit.parallel fsdp is not for processes that share sequences; use ddp")
+    share, control = options.share(group.sequences), Control()
     last = control.together(partial(_find_run, out, resume, identity))
     if len(set(control.gather(last.step if last else 0))) > 1:
         raise RunError(f"{out}: the processes do not see the same checkpoints there; give a folder that all share")
@@ -129,7 +138,7 @@ def fit(
         parallel = Parallel(method, device, options.parallel, compiled=options.compile)
         optimizer = make_optimizer(
             options.optimizer, parallel.parameters.items(), method.lr_scales(), options.momentum,
-            sharded=parallel.sharded,
+            undecayed=method.undecayed() if isinstance(method, Undecayed) else (), sharded=parallel.sharded,
         )  # fmt: skip
         if last:
             parallel.load_optimizer(optimizer, last)
@@ -140,15 +149,17 @@ def fit(
         batches = stream.batches(first)
         for step in range(first, steps):
             clock = Clock(step, steps, options.epoch_steps)
-            seed_all(torch_seed(options.seed, "model", step, rank()))
+            seed_all(torch_seed(options.seed, "model", step, group.sequence))
             lr = cosine(clock, lr_peak, options.min_lr, warmup_steps=options.warmup)
             weight_decay = cosine(clock, options.weight_decay, options.weight_decay_end)
             set_rates(optimizer, lr, weight_decay)
 
             # views
             with meter.waiting():
-                images = _next_images(batches, share, step).to(device, non_blocking=True)
-            random = torch.Generator().manual_seed(torch_seed(options.seed, "views", step, rank()))
+                images = _next_images(batches, share, step)
+            if not isinstance(method, HostImages):
+                images = images.to(device, non_blocking=True)
+            random = torch.Generator().manual_seed(torch_seed(options.seed, "views", step, group.sequence))
             views = method.views(images, random, clock)
 
             # loss and backward

@@ -4,9 +4,9 @@ The loop hands a stream's batches to the method as they are: whether they are of
 is for the method to see.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -100,4 +100,20 @@ class Method(Protocol):
         ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any:  # noqa: D102
+        ...
+
+
+@runtime_checkable
+class HostImages(Protocol):
+    """A method whose images are too large to be on the device all at once: it moves them there itself, in parts."""
+
+    host_images: bool
+
+
+@runtime_checkable
+class Undecayed(Protocol):
+    """A method that keeps weight decay from more parameters than biases and those of one dimension."""
+
+    def undecayed(self) -> Collection[str]:
+        """Their names, as of ``named_parameters``."""
         ...

@@ -5,7 +5,7 @@ Nothing here makes the host wait for the device: whether a step is finite is a b
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ def make_optimizer(
     lr_scales: Mapping[str, float] = {},
     momentum: float = 0.9,
     *,
+    undecayed: Collection[str] = (),
     sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """An optimiser of named parameters; those that need no gradient are left out, biases and 1-D ones do not decay.
@@ -37,12 +38,13 @@ def make_optimizer(
         parameters: with their names.
         lr_scales: factors of the learning rate.
         momentum: of sgd and lars.
+        undecayed: names of others that do not decay.
         sharded: each process has its part of each parameter.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            scales = lr_scales.get(name, 1.0), float(_decays(name, parameter))
+            scales = lr_scales.get(name, 1.0), float(name not in undecayed and _decays(name, parameter))
             groups.setdefault(scales, []).append(parameter)
     listed = [{"params": members, "lr_scale": lr, "decay_scale": decay} for (lr, decay), members in groups.items()]
     if kind == "lars":

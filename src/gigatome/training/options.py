@@ -88,18 +88,18 @@ class FitOptions:
         if self.batch_size % self.grad_accumulation:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of grad_accumulation")
 
-    def share(self, processes: int) -> int:
-        """Tiles of a step in each of several processes.
+    def share(self, sequences: int) -> int:
+        """Images of a step in each of several processes, or groups of processes that share their images.
 
         Raises:
             ConfigError: the batch cannot be cut so.
         """
-        if self.batch_size % (processes * self.grad_accumulation):
+        if self.batch_size % (sequences * self.grad_accumulation):
             raise ConfigError(
-                f"fit.batch_size {self.batch_size} must be a multiple of {processes} processes × "
-                f"grad_accumulation {self.grad_accumulation}"
+                f"fit.batch_size {self.batch_size} must be a multiple of {sequences} processes (those that share a "
+                f"sequence are one) × grad_accumulation {self.grad_accumulation}"
             )
-        return self.batch_size // processes
+        return self.batch_size // sequences
 
     def of_epoch(self, images: int) -> "FitOptions":
         """These options with an epoch of so many images, unless they say how many.

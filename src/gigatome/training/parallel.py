@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gigatome.core.errors import RunError
-from gigatome.distributed import gather, local, rank, world_size
+from gigatome.distributed import finish, gather, local, rank, world_size
 from gigatome.training.checkpoint import Checkpoint
 from gigatome.training.method import Method
 from gigatome.training.optim import load_optimizer_tensors, optimizer_tensors
@@ -185,7 +185,7 @@ class _Average:
             parameter: place for place, bucket in enumerate(self._buckets) for parameter in bucket
         }
         self._missing: list[int] = []
-        self._sent: list[tuple[Tensor, dist.Work]] = []
+        self._sent: list[tuple[Tensor, dist.Work | None]] = []
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._ready)
 
@@ -197,7 +197,7 @@ class _Average:
         while len(self._sent) < len(self._buckets):
             self._send()
         for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
-            work.wait()
+            finish(work, flat)
             for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = torch.empty_like(parameter).copy_(mean.view_as(parameter))
         self._missing = []
@@ -212,9 +212,7 @@ class _Average:
     def _send(self) -> None:
         bucket = self._buckets[len(self._sent)]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-        work = dist.all_reduce(flat.div_(world_size()), async_op=True)
-        assert work is not None  # noqa: S101 - as it was asked for
-        self._sent.append((flat, work))
+        self._sent.append((flat, dist.all_reduce(flat.div_(world_size()), async_op=True)))
 
 
 def _shard(network: nn.Module, device: torch.device) -> None:

@@ -1,0 +1,388 @@
+"""Fine-tunes a LongViT on images of whole slides, fold by fold, and says how well it predicts."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from gigatome import config
+from gigatome.blob.store import write_atomic
+from gigatome.core.errors import ConfigError, RunError
+from gigatome.core.logs import Failure, Progress, log, silent, write_failures
+from gigatome.distributed import SequenceGroup, rank, sequence_group
+from gigatome.encoders.device import usable_device
+from gigatome.encoders.dilated_parallel import Share
+from gigatome.encoders.slide_vit import SlideVit, SlideVitCard, new_slide_vit, open_slide_vit, save_slide_vit
+from gigatome.evaluation.crossval import FoldResult, Setting, result_of
+from gigatome.evaluation.image_model import save_image_model, unit_logits
+from gigatome.evaluation.outcome_loss import Task, prediction_of, task_of
+from gigatome.evaluation.protocol import labelled_slides, splits_of
+from gigatome.evaluation.split_tables import write_splits
+from gigatome.evaluation.splits import Split, Splits
+from gigatome.evaluation.study import Arm, Study
+from gigatome.evaluation.study_report import write_study
+from gigatome.evaluation.tables import read_labels
+from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome, Units, make_units
+from gigatome.mil.end_to_end import EndToEnd
+from gigatome.recipes.finetune_schema import FinetuneRecipe, OutcomeOptions
+from gigatome.recipes.longvit_plan import finetune_advice
+from gigatome.slides.batch import each_slide
+from gigatome.slides.cohort import Cohort, CohortSlide
+from gigatome.tiles.slide_image_stream import Order, SlideImageStream
+from gigatome.training.launch import Control, launched, own_device
+from gigatome.training.loop import fit
+from gigatome.training.memory import explained_memory
+from gigatome.training.options import FitOptions
+
+_PREDICTIONS = "predictions.json"
+_BEST = "best"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """How a fine-tuning ended.
+
+    Attributes:
+        folder: the run folder: ``recipe.yaml``, ``splits.tsv``, ``fold_0/`` …, and ``report.html`` at the end.
+        done: folds that are finished.
+        folds: how many there are.
+        study: what was found; None until all folds are finished.
+        preempted: a signal stopped it; the same call with ``resume=True`` goes on.
+        failures: slides that could not be read, or not whole.
+    """
+
+    folder: Path
+    done: tuple[int, ...]
+    folds: int
+    study: Study | None
+    preempted: bool = False
+    failures: tuple[Failure, ...] = ()
+
+
+def finetune(
+    recipe: FinetuneRecipe,
+    data: Cohort | str | Path,
+    out: str | Path,
+    *,
+    labels: str | Path | None = None,
+    folds: Sequence[int] = (),
+    resume: bool = False,
+    command: str = "",
+    progress: Progress = silent,
+) -> Finetuned:
+    """Trains, in each fold, a LongViT on the images of the training part, and predicts the test part.
+
+    Images are read from the slides as they are needed. Folds that are finished are not trained again, so that folds may
+    be given to several calls, one after another or side by side, and a last one for the report. Where torchrun has
+    started several processes, each calls this with the same arguments, and ``out`` is a folder that all see.
+
+    Args:
+        recipe: from :func:`~gigatome.recipes.finetune_schema.load_finetune`.
+        data: slides, as :meth:`Cohort.read` takes them.
+        out: run folder; must be new unless ``resume`` or ``folds``.
+        labels: table of slides, patients and outcomes; by default the cohort's own table has them.
+        folds: numbers of the folds to train, from 0; all by default.
+        resume: go on from what is there.
+        command: that makes it again, for the report.
+        progress: called as training goes on.
+
+    Raises:
+        RunError: the folder holds a run already, or one of another recipe or other slides; memory does not suffice, and
+            the message names a plan that fits; or training fails.
+        CohortError: there is no such cohort, or no such column.
+        EvaluationError: nothing is left to predict, or the labels do not allow these splits.
+        ConfigError: the device does not work, or the batch cannot be cut for so many processes.
+        StoreError: a slide, or the weights to start from, cannot be had.
+    """
+    out = Path(out)
+    with launched(recipe.fit.device):
+        usable_device(str(own_device(recipe.fit.device)))
+        group = sequence_group(recipe.processes)
+        options = recipe.cut_for(group.sequences)
+        control, progress = Control(), progress if rank() == 0 else silent
+        cohort = Cohort.read(data)
+        cohort = cohort if labels is None else read_labels(labels, cohort)
+        failures = control.gather(_unreadable(recipe.outcome, cohort, progress) if rank() == 0 else ())[0]
+        units = _units(recipe.outcome, cohort, failures)
+        splits = _splits(recipe, units)
+        if unknown := [k for k in folds if not 0 <= k < len(splits)]:
+            raise ConfigError(f"{recipe.name}: there are folds 0 to {len(splits) - 1}, not {unknown[0]}")
+        control.on_first(partial(_claim, out, recipe, units, splits, anew=not (resume or folds)))
+        run = _Run(recipe, options, _slides_of(units, cohort, recipe.outcome), units, splits, out, group, control)
+        for k in folds or range(len(splits)):
+            if not run.fold(k, progress):
+                return Finetuned(out, run.done(), len(splits), None, preempted=True, failures=tuple(failures))
+        lost = tuple(dict.fromkeys([*failures, *chain.from_iterable(control.gather(tuple(run.failures)))]))
+        control.on_first(partial(write_failures, out / "failures.csv", lost))
+        done = run.done()
+        study = run.study(command, Path(cohort.source).name) if len(done) == len(splits) else None
+        if study is not None:
+            control.on_first(partial(run.write, study))
+    return Finetuned(out, done, len(splits), study, failures=lost)
+
+
+@final
+class _Run:
+    """What all folds share."""
+
+    def __init__(
+        self,
+        recipe: FinetuneRecipe,
+        options: FitOptions,
+        slides: list[tuple[CohortSlide, ...]],
+        units: Units,
+        splits: Splits,
+        out: Path,
+        group: SequenceGroup,
+        control: Control,
+    ):
+        self._recipe, self._options, self._slides, self._units = recipe, options, slides, units
+        self._splits, self._out, self._group, self._control = splits, out, group, control
+        self._device = own_device(recipe.fit.device)
+        self._share, self._rows = None, None
+        if group.size > 1:
+            patch = recipe.encoder.patch_size
+            self._share = Share(group, recipe.images.image_size // patch)
+            self._rows = range(self._share.own.start * patch, self._share.own.stop * patch)
+        self.failures: list[Failure] = []
+
+    def folder(self, k: int) -> Path:
+        """Of a fold."""
+        return self._out / f"fold_{k}"
+
+    def done(self) -> tuple[int, ...]:
+        """Folds that are finished."""
+        found = tuple(k for k in range(len(self._splits)) if (self.folder(k) / _PREDICTIONS).is_file())
+        return self._control.gather(found)[0]
+
+    def fold(self, k: int, progress: Progress) -> bool:
+        """Trains a fold and predicts its test part, unless that is done; false if a signal stopped it."""
+        if k in self.done():
+            return True
+        split, task, folder = self._splits.parts[k], self._task(k), self.folder(k)
+        model = self._trained(k, split, task, progress)
+        if model is None:
+            return False
+        with self._explained():
+            test = self._logits(model, split.test)
+            train = self._logits(model, split.train) if isinstance(self._units.outcome, SurvivalOutcome) else None
+        found = {"test": test.tolist(), "train": [] if train is None else train.tolist()}
+        self._control.on_first(partial(write_atomic, folder / _PREDICTIONS, json.dumps(found)))
+        return True
+
+    def study(self, command: str, source: str) -> Study:
+        """What the folds together say."""
+        recipe, units = self._recipe, self._units
+        setting = Setting(
+            recipe.outcome.wanted.spelt, "longvit", recipe.decisive(), "end to end",
+            recipe.fit.seed, recipe.outcome.resamples,
+        )  # fmt: skip
+        result = result_of(
+            units, self._splits, self.results(), setting, unlabelled=len(units.excluded.get("no label", ()))
+        )
+        said = next(iter(recipe.reproduces), None)
+        side = recipe.images.image_size
+        label = f"LongViT, {side:,} × {side:,} px"
+        arm = Arm(label, result) if said is None else Arm(
+            label, result, reported=said.value, reported_sd=said.sd, source=said.source
+        )  # fmt: skip
+        settings = {
+            "recipe": config.to_dict(recipe),
+            "identity": recipe.identity(),
+            "splits": {"name": self._splits.name, "digest": self._splits.digest},
+            "warnings": [*units.warnings, *self._splits.warnings],
+        }
+        return Study(f"{recipe.outcome.target or 'survival'} of {source}", (arm,), settings=settings,
+                     excluded=units.excluded, command=command)  # fmt: skip
+
+    def results(self) -> list[FoldResult]:
+        """What was predicted in each fold."""
+        found = []
+        for k, split in enumerate(self._splits.parts):
+            said, task = json.loads((self.folder(k) / _PREDICTIONS).read_text(encoding="utf-8")), self._task(k)
+            test, train = (
+                prediction_of(np.array(said[part], np.float64).reshape(-1, task.outputs), task.classes, task.edges)
+                for part in ("test", "train")
+            )
+            found.append(FoldResult(split, test, train.risk))
+        return found
+
+    def write(self, study: Study) -> None:
+        """Writes the report, and the card by which the folds' models predict new slides together."""
+        write_study(study, self._out)
+        models = [self._model(k).relative_to(self._out).as_posix() for k in range(len(self._splits))]
+        save_image_model(self._out, models, self._units, self.results(), study.arms[0].result)
+
+    def _task(self, k: int) -> Task:
+        return task_of(self._units.outcome, self._splits.parts[k].train, self._recipe.outcome.loss)
+
+    def _trained(self, k: int, split: Split, task: Task, progress: Progress) -> SlideVit | None:
+        """The fold's model; None if a signal stopped the training."""
+        recipe, group, seed = self._recipe, self._group, self._recipe.fit.seed
+        order = Order(len(split.train), recipe.fit.batch_size, seed, group.sequence, group.sequences)
+        options = self._options.of_epoch(len(split.train))
+        model = new_slide_vit(
+            recipe.encoder, task.outputs, recipe.weights,
+            drop_path=recipe.drop_path, checkpointing=recipe.checkpointing, seed=seed,
+        )  # fmt: skip
+        method = EndToEnd(
+            model, task.targets, task.criterion, lambda step: split.train[order(step)], self._card(task),
+            share=self._share,
+        )  # fmt: skip
+        validation = None
+        if len(split.val):
+            options = replace(options, evaluate_every=options.epoch_steps)
+            validation = _Validation(
+                self.folder(k), partial(self._logits, model, split.val), task, split.val, self._control,
+                partial(save_slide_vit, model, card=self._card(task)),
+            )  # fmt: skip
+        stream = SlideImageStream(
+            [self._slides[i] for i in split.train], order, recipe.images,
+            seed=seed, rows=self._rows, threads=recipe.threads,
+        )  # fmt: skip
+        log.info("%s: fold %d of %d, %d units to learn from", self._out, k, len(self._splits), len(split.train))
+        with self._explained():
+            result = fit(
+                method, stream, options, self.folder(k), resume=True,
+                identity=f"{recipe.identity()}, {recipe.processes} processes a slide",
+                evaluate=validation, progress=progress, group=group,
+            )  # fmt: skip
+        stream.close()
+        self.failures += stream.failures
+        log.info("%s", stream.report().sentence())
+        if result.encoder is None:
+            return None
+        return open_slide_vit(self._model(k))[0]
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained_memory(partial(finetune_advice, self._recipe, self._device))
+
+    def _model(self, k: int) -> Path:
+        """Folder of a fold's trained model."""
+        return self.folder(k) / (_BEST if self._recipe.outcome.select == "best" else "encoder")
+
+    def _card(self, task: Task) -> SlideVitCard:
+        recipe, outcome = self._recipe, self._units.outcome
+        return SlideVitCard(
+            recipe.name.replace("/", "-") or "longvit", recipe.encoder, recipe.images,
+            target=recipe.outcome.wanted.spelt, level=self._units.level,
+            classes=outcome.classes if isinstance(outcome, ClassOutcome) else (), edges=tuple(task.edges.tolist()),
+            source="gigatome, fine-tuned",
+        )  # fmt: skip
+
+    def _logits(self, model: SlideVit, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """float64 [len(indices), outputs]; each group of processes predicts its part of the units."""
+        group, recipe = self._group, self._recipe
+        mine = indices[group.sequence :: group.sequences]
+        logits, failures = unit_logits(
+            model, [self._slides[i] for i in mine], recipe.images, device=self._device, precision=recipe.fit.precision,
+            share=self._share, rows=self._rows, threads=recipe.threads,
+        )  # fmt: skip
+        self.failures += failures
+        parts = dict(chain.from_iterable(zip(own.tolist(), rows, strict=True)
+                                         for own, rows in self._control.gather((mine, logits))))  # fmt: skip
+        return np.stack([parts[i] for i in indices.tolist()])
+
+
+@final
+class _Validation:
+    """Loss of the validation part after each epoch, and the weights of the epoch where it was lowest."""
+
+    def __init__(
+        self,
+        folder: Path,
+        logits: Callable[[], NDArray[np.float64]],
+        task: Task,
+        val: NDArray[np.int64],
+        control: Control,
+        save: Callable[[Path], None],
+    ):
+        self._folder, self._logits, self._criterion = folder, logits, task.criterion
+        self._targets = task.targets[torch.from_numpy(val)]
+        self._control, self._save, self._record = control, save, folder / "best.json"
+        self._lowest = control.gather(self._known())[0]
+
+    def __call__(self, step: int) -> Mapping[str, Any]:
+        """``val_loss`` after so many steps; called by :func:`fit`."""
+        loss = float(self._criterion(torch.from_numpy(self._logits()), self._targets))
+        if loss < self._lowest:
+            self._lowest = loss
+            self._control.on_first(partial(self._keep, step))
+        return {"val_loss": loss}
+
+    def _known(self) -> float:
+        if not self._record.is_file():
+            return float("inf")
+        return float(json.loads(self._record.read_text(encoding="utf-8"))["val_loss"])
+
+    def _keep(self, step: int) -> None:
+        temporary, best = self._folder / f".tmp-{_BEST}", self._folder / _BEST
+        shutil.rmtree(temporary, ignore_errors=True)
+        self._save(temporary)
+        shutil.rmtree(best, ignore_errors=True)
+        temporary.rename(best)
+        write_atomic(self._record, json.dumps({"step": step, "val_loss": self._lowest}))
+
+
+def _unreadable(options: OutcomeOptions, cohort: Cohort, progress: Progress) -> tuple[Failure, ...]:
+    """The labelled slides that cannot be opened."""
+    asked = labelled_slides(cohort, options.wanted, options.of)
+    slides = [slide for slide in cohort if slide.name in asked]
+    return tuple(each_slide(slides, lambda slide: slide.open().close(), stage="open", threads=8, progress=progress)[1])
+
+
+def _units(options: OutcomeOptions, cohort: Cohort, failures: Sequence[Failure]) -> Units:
+    lost = {failure.slide for failure in failures}
+    units = make_units(
+        cohort, options.wanted, available={slide.name for slide in cohort} - lost, level=options.of,
+        label_map=options.label_map, site=options.site,
+    )  # fmt: skip
+    words = {"no embeddings": "no slide can be opened", "slides without embeddings": "slides that cannot be opened"}
+    return replace(units, excluded={words.get(reason, reason): names for reason, names in units.excluded.items()})
+
+
+def _splits(recipe: FinetuneRecipe, units: Units) -> Splits:
+    options, seed = recipe.outcome, recipe.fit.seed
+    folds = Path(options.split_file) if options.split_file else replace(options.splits, seed=seed)
+    splits = splits_of(units, folds, seed, options.leaks, options.splits.group)
+    if (
+        options.select == "best"
+        and (k := next((k for k, part in enumerate(splits.parts) if not len(part.val)), None)) is not None
+    ):
+        raise ConfigError(f"{recipe.name}: select best needs a validation part, and fold {k} of {splits.name} has none")
+    return splits
+
+
+def _slides_of(units: Units, cohort: Cohort, options: OutcomeOptions) -> list[tuple[CohortSlide, ...]]:
+    known = {slide.name: slide for slide in cohort}
+    most = 1 if options.slides == "first" else None
+    return [tuple(known[name] for name in names[:most]) for names in units.slides]
+
+
+def _claim(out: Path, recipe: FinetuneRecipe, units: Units, splits: Splits, *, anew: bool) -> None:
+    """Takes a folder for this run, or makes sure that it is this run's already."""
+    record = out / "run.yaml"
+    mine = {"identity": recipe.identity(), "cohort": splits.digest}
+    if record.is_file():
+        theirs = yaml.safe_load(record.read_text(encoding="utf-8"))
+        for key, what in (("identity", "another recipe"), ("cohort", "other slides, labels or splits")):
+            if theirs.get(key) != mine[key]:
+                raise RunError(f"{out} holds a run of {what}; choose another folder")
+        if anew and any(out.glob("fold_*")):
+            raise RunError(f"{out} holds this run already; pass --resume to go on with it, or choose another folder")
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise RunError(f"{out} holds something else; choose another folder")
+    write_atomic(out / "recipe.yaml", config.to_yaml(recipe))
+    write_splits(out / "splits.tsv", units, splits)
+    write_atomic(record, config.to_yaml(mine))
