@@ -118,6 +118,29 @@ def test_every_slide_is_predicted_once_and_reported(run, cohort):
     assert [line["step"] for line in _metrics(run.folder / "fold_0")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", finetune_names())
+def test_two_steps_of_each_recipe_at_a_64th_of_its_pixels(name, cohort, tmp_path):
+    whole = load_finetune(name, ["weights=null"])
+    segments = [length // 64 for length in whole.encoder.encoder().attention.segments]
+    changes = [
+        "weights=null", f"images.image_size={whole.images.image_size // 8}", f"encoder.segments={segments}",
+        "encoder.dim=32", "encoder.depth=1", "encoder.ffn_dim=64", "encoder.grid=4", "fit.device=cpu",
+        "fit.batch_size=2", "fit.steps=2", "fit.epochs=null", "fit.warmup_epochs=0", "fit.precision=fp32", "threads=1",
+        "outcome.resamples=20",
+    ]  # fmt: skip
+    if whole.outcome.survival is None:
+        changes += ["outcome.target=subtype", "outcome.label_map=null", "outcome.splits.val_fraction=0.25"]
+    labels = None if whole.outcome.survival is None else _survival(cohort, tmp_path)
+    recipe = load_finetune(name, [*changes, "outcome.splits.folds=2", "outcome.loss.bins=2"])
+    found = finetune(recipe, cohort, tmp_path / "run", labels=labels, folds=[0])
+    assert found.done == (0,)
+    said = json.loads((tmp_path / "run/fold_0/predictions.json").read_text(encoding="utf-8"))
+    assert np.isfinite(said["test"]).all()
+    tokens = (recipe.images.image_size // recipe.encoder.patch_size) ** 2
+    assert tokens * 64 == (whole.images.image_size // whole.encoder.patch_size) ** 2
+
+
 def test_finished_folds_are_not_trained_again(run, cohort):
     recipe = load_finetune("longvit/table1_brca", CLASSES)
     before = {path: path.stat().st_mtime_ns for path in run.folder.glob("fold_*/**/*") if path.is_file()}
@@ -185,12 +208,7 @@ def test_the_best_epoch_is_chosen_by_the_validation_part(cohort, tmp_path):
 
 
 def test_survival_from_slides(cohort, tmp_path):
-    rng = np.random.default_rng(0)
-    labels = tmp_path / "labels.csv"
-    lines = ["slide_id,case_id,survival_months,censorship"]
-    for slide in cohort:
-        lines.append(f"{slide.name},{slide.patient},{rng.uniform(1, 60):.2f},{int(rng.random() < 0.2)}")
-    labels.write_text("\n".join(lines), encoding="utf-8")
+    labels = _survival(cohort, tmp_path)
     changes = [*TINY, "outcome.splits={folds: 2}", "outcome.loss.bins=2", "fit.epochs=1"]
     found = finetune(load_finetune("longvit/table2_ucec", changes), cohort, tmp_path / "run", labels=labels)
     assert found.study is not None
@@ -242,3 +260,13 @@ def test_a_plan_needs_no_slides():
 
 def _metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _survival(cohort, folder):
+    """A table of times, most of them of events, in MCAT's form."""
+    rng, table = np.random.default_rng(0), folder / "labels.csv"
+    lines = ["slide_id,case_id,survival_months,censorship"]
+    for slide in cohort:
+        lines.append(f"{slide.name},{slide.patient},{rng.uniform(1, 60):.2f},{int(rng.random() < 0.2)}")
+    table.write_text("\n".join(lines), encoding="utf-8")
+    return table

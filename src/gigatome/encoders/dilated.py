@@ -322,11 +322,12 @@ def attend(
         options: what attends to what.
     """
     own, own_lse = kernel_for(q).forward(part.take(q), keys, values)
-    own_lse, so_far = part.shaped(own_lse)[..., None], part.view(lse)
-    merged = torch.logaddexp(so_far, _with_padding(own_lse, part, options))
-    own = part.shaped(own) * (own_lse - merged).exp_()
-    part.view(out).mul_((so_far - merged).exp_()).add_(own)
-    so_far.copy_(merged)
+    own, own_lse, so_far = part.shaped(own).to(out.dtype), part.shaped(own_lse)[..., None], part.view(lse)
+    padded = _with_padding(own_lse, part, options)
+    if padded is not own_lse:
+        own = own * (own_lse - padded).exp_()
+    part.view(out).lerp_(own, (padded - so_far).sigmoid_())
+    so_far.copy_(torch.logaddexp(so_far, padded))
 
 
 def gradients(

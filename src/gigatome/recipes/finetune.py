@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,18 +26,16 @@ from gigatome.encoders.slide_vit import SlideVit, SlideVitCard, new_slide_vit, o
 from gigatome.evaluation.crossval import FoldResult, Setting, result_of
 from gigatome.evaluation.image_model import save_image_model, unit_logits
 from gigatome.evaluation.outcome_loss import Task, prediction_of, task_of
-from gigatome.evaluation.protocol import labelled_slides, splits_of
 from gigatome.evaluation.split_tables import write_splits
-from gigatome.evaluation.splits import Split, Splits
+from gigatome.evaluation.splits import Split
 from gigatome.evaluation.study import Arm, Study
 from gigatome.evaluation.study_report import write_study
-from gigatome.evaluation.tables import read_labels
-from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome, Units, make_units
+from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome
 from gigatome.mil.end_to_end import EndToEnd
-from gigatome.recipes.finetune_schema import FinetuneRecipe, OutcomeOptions
+from gigatome.recipes.finetune_data import FinetuneData, read_finetune_data
+from gigatome.recipes.finetune_schema import FinetuneRecipe
 from gigatome.recipes.longvit_plan import finetune_advice
-from gigatome.slides.batch import each_slide
-from gigatome.slides.cohort import Cohort, CohortSlide
+from gigatome.slides.cohort import Cohort
 from gigatome.tiles.slide_image_stream import Order, SlideImageStream
 from gigatome.training.launch import Control, launched, own_device
 from gigatome.training.loop import fit
@@ -110,25 +108,22 @@ def finetune(
         group = sequence_group(recipe.processes)
         options = recipe.cut_for(group.sequences)
         control, progress = Control(), progress if rank() == 0 else silent
-        cohort = Cohort.read(data)
-        cohort = cohort if labels is None else read_labels(labels, cohort)
-        failures = control.gather(_unreadable(recipe.outcome, cohort, progress) if rank() == 0 else ())[0]
-        units = _units(recipe.outcome, cohort, failures)
-        splits = _splits(recipe, units)
-        if unknown := [k for k in folds if not 0 <= k < len(splits)]:
-            raise ConfigError(f"{recipe.name}: there are folds 0 to {len(splits) - 1}, not {unknown[0]}")
-        control.on_first(partial(_claim, out, recipe, units, splits, anew=not (resume or folds)))
-        run = _Run(recipe, options, _slides_of(units, cohort, recipe.outcome), units, splits, out, group, control)
-        for k in folds or range(len(splits)):
-            if not run.fold(k, progress):
-                return Finetuned(out, run.done(), len(splits), None, preempted=True, failures=tuple(failures))
-        lost = tuple(dict.fromkeys([*failures, *chain.from_iterable(control.gather(tuple(run.failures)))]))
-        control.on_first(partial(write_failures, out / "failures.csv", lost))
+        learnt = read_finetune_data(recipe, data, labels, control, progress)
+        count = len(learnt.splits)
+        if unknown := [k for k in folds if not 0 <= k < count]:
+            raise ConfigError(f"{recipe.name}: there are folds 0 to {count - 1}, not {unknown[0]}")
+        control.on_first(partial(_claim, out, recipe, learnt, anew=not (resume or folds)))
+        run = _Run(recipe, options, learnt, out, group, control)
+        whole = all(run.fold(k, progress) for k in folds or range(count))
         done = run.done()
-        study = run.study(command, Path(cohort.source).name) if len(done) == len(splits) else None
+        lost = tuple(dict.fromkeys([*learnt.failures, *chain.from_iterable(map(run.damaged, done))]))
+        control.on_first(partial(write_failures, out / "failures.csv", lost))
+        if not whole:
+            return Finetuned(out, done, count, None, preempted=True, failures=lost)
+        study = run.study(command) if len(done) == count else None
         if study is not None:
             control.on_first(partial(run.write, study))
-    return Finetuned(out, done, len(splits), study, failures=lost)
+    return Finetuned(out, done, count, study, failures=lost)
 
 
 @final
@@ -139,22 +134,21 @@ class _Run:
         self,
         recipe: FinetuneRecipe,
         options: FitOptions,
-        slides: list[tuple[CohortSlide, ...]],
-        units: Units,
-        splits: Splits,
+        data: FinetuneData,
         out: Path,
         group: SequenceGroup,
         control: Control,
     ):
-        self._recipe, self._options, self._slides, self._units = recipe, options, slides, units
-        self._splits, self._out, self._group, self._control = splits, out, group, control
+        self._recipe, self._options, self._source = recipe, options, data.source
+        self._slides, self._units, self._splits = data.slides, data.units, data.splits
+        self._out, self._group, self._control = out, group, control
         self._device = own_device(recipe.fit.device)
         self._share, self._rows = None, None
         if group.size > 1:
             patch = recipe.encoder.patch_size
             self._share = Share(group, recipe.images.image_size // patch)
             self._rows = range(self._share.own.start * patch, self._share.own.stop * patch)
-        self.failures: list[Failure] = []
+        self._failures: list[Failure] = []
 
     def folder(self, k: int) -> Path:
         """Of a fold."""
@@ -176,11 +170,21 @@ class _Run:
         with self._explained():
             test = self._logits(model, split.test)
             train = self._logits(model, split.train) if isinstance(self._units.outcome, SurvivalOutcome) else None
-        found = {"test": test.tolist(), "train": [] if train is None else train.tolist()}
+        failures = dict.fromkeys(chain.from_iterable(self._control.gather(tuple(self._failures))))
+        found = {
+            "test": test.tolist(),
+            "train": [] if train is None else train.tolist(),
+            "failures": [asdict(failure) for failure in failures],
+        }
+        self._failures.clear()
         self._control.on_first(partial(write_atomic, folder / _PREDICTIONS, json.dumps(found)))
         return True
 
-    def study(self, command: str, source: str) -> Study:
+    def damaged(self, k: int) -> list[Failure]:
+        """Slides that a finished fold could not read whole."""
+        return [Failure(**failure) for failure in self._said(k)["failures"]]
+
+    def study(self, command: str) -> Study:
         """What the folds together say."""
         recipe, units = self._recipe, self._units
         setting = Setting(
@@ -202,14 +206,14 @@ class _Run:
             "splits": {"name": self._splits.name, "digest": self._splits.digest},
             "warnings": [*units.warnings, *self._splits.warnings],
         }
-        return Study(f"{recipe.outcome.target or 'survival'} of {source}", (arm,), settings=settings,
-                     excluded=units.excluded, command=command)  # fmt: skip
+        title = f"{recipe.outcome.target or 'survival'} of {self._source}"
+        return Study(title, (arm,), settings=settings, excluded=units.excluded, command=command)
 
     def results(self) -> list[FoldResult]:
         """What was predicted in each fold."""
         found = []
         for k, split in enumerate(self._splits.parts):
-            said, task = json.loads((self.folder(k) / _PREDICTIONS).read_text(encoding="utf-8")), self._task(k)
+            said, task = self._said(k), self._task(k)
             test, train = (
                 prediction_of(np.array(said[part], np.float64).reshape(-1, task.outputs), task.classes, task.edges)
                 for part in ("test", "train")
@@ -222,6 +226,9 @@ class _Run:
         write_study(study, self._out)
         models = [self._model(k).relative_to(self._out).as_posix() for k in range(len(self._splits))]
         save_image_model(self._out, models, self._units, self.results(), study.arms[0].result)
+
+    def _said(self, k: int) -> dict[str, Any]:
+        return json.loads((self.folder(k) / _PREDICTIONS).read_text(encoding="utf-8"))
 
     def _task(self, k: int) -> Task:
         return task_of(self._units.outcome, self._splits.parts[k].train, self._recipe.outcome.loss)
@@ -258,7 +265,7 @@ class _Run:
                 evaluate=validation, progress=progress, group=group,
             )  # fmt: skip
         stream.close()
-        self.failures += stream.failures
+        self._failures += stream.failures
         log.info("%s", stream.report().sentence())
         if result.encoder is None:
             return None
@@ -288,7 +295,7 @@ class _Run:
             model, [self._slides[i] for i in mine], recipe.images, device=self._device, precision=recipe.fit.precision,
             share=self._share, rows=self._rows, threads=recipe.threads,
         )  # fmt: skip
-        self.failures += failures
+        self._failures += failures
         parts = dict(chain.from_iterable(zip(own.tolist(), rows, strict=True)
                                          for own, rows in self._control.gather((mine, logits))))  # fmt: skip
         return np.stack([parts[i] for i in indices.tolist()])
@@ -334,45 +341,10 @@ class _Validation:
         write_atomic(self._record, json.dumps({"step": step, "val_loss": self._lowest}))
 
 
-def _unreadable(options: OutcomeOptions, cohort: Cohort, progress: Progress) -> tuple[Failure, ...]:
-    """The labelled slides that cannot be opened."""
-    asked = labelled_slides(cohort, options.wanted, options.of)
-    slides = [slide for slide in cohort if slide.name in asked]
-    return tuple(each_slide(slides, lambda slide: slide.open().close(), stage="open", threads=8, progress=progress)[1])
-
-
-def _units(options: OutcomeOptions, cohort: Cohort, failures: Sequence[Failure]) -> Units:
-    lost = {failure.slide for failure in failures}
-    units = make_units(
-        cohort, options.wanted, available={slide.name for slide in cohort} - lost, level=options.of,
-        label_map=options.label_map, site=options.site,
-    )  # fmt: skip
-    words = {"no embeddings": "no slide can be opened", "slides without embeddings": "slides that cannot be opened"}
-    return replace(units, excluded={words.get(reason, reason): names for reason, names in units.excluded.items()})
-
-
-def _splits(recipe: FinetuneRecipe, units: Units) -> Splits:
-    options, seed = recipe.outcome, recipe.fit.seed
-    folds = Path(options.split_file) if options.split_file else replace(options.splits, seed=seed)
-    splits = splits_of(units, folds, seed, options.leaks, options.splits.group)
-    if (
-        options.select == "best"
-        and (k := next((k for k, part in enumerate(splits.parts) if not len(part.val)), None)) is not None
-    ):
-        raise ConfigError(f"{recipe.name}: select best needs a validation part, and fold {k} of {splits.name} has none")
-    return splits
-
-
-def _slides_of(units: Units, cohort: Cohort, options: OutcomeOptions) -> list[tuple[CohortSlide, ...]]:
-    known = {slide.name: slide for slide in cohort}
-    most = 1 if options.slides == "first" else None
-    return [tuple(known[name] for name in names[:most]) for names in units.slides]
-
-
-def _claim(out: Path, recipe: FinetuneRecipe, units: Units, splits: Splits, *, anew: bool) -> None:
+def _claim(out: Path, recipe: FinetuneRecipe, data: FinetuneData, *, anew: bool) -> None:
     """Takes a folder for this run, or makes sure that it is this run's already."""
     record = out / "run.yaml"
-    mine = {"identity": recipe.identity(), "cohort": splits.digest}
+    mine = {"identity": recipe.identity(), "cohort": data.splits.digest}
     if record.is_file():
         theirs = yaml.safe_load(record.read_text(encoding="utf-8"))
         for key, what in (("identity", "another recipe"), ("cohort", "other slides, labels or splits")):
@@ -384,5 +356,5 @@ def _claim(out: Path, recipe: FinetuneRecipe, units: Units, splits: Splits, *, a
     if out.is_dir() and any(out.iterdir()):
         raise RunError(f"{out} holds something else; choose another folder")
     write_atomic(out / "recipe.yaml", config.to_yaml(recipe))
-    write_splits(out / "splits.tsv", units, splits)
+    write_splits(out / "splits.tsv", data.units, data.splits)
     write_atomic(record, config.to_yaml(mine))
