@@ -7,7 +7,8 @@ the device's fast kernels. Memory is what is added at the peak to the inputs, a 
 folded, each branch's outputs scattered into a dense tensor, all branches stacked and merged. *compat* has its gradient,
 which holds the branches' weights for constants. All in turn in each round, medians.
 
-On a CUDA device also a training step of LongViT-S on 32,768 × 32,768 px, 1,048,576 tokens, in bfloat16.
+On a CUDA device also heads of 24 padded to 32, and training steps of LongViT-S on 32,768 × 32,768 px, 1,048,576 tokens,
+in bfloat16: with its 16 heads and with 6 of 64, keeping of each block its input alone or its attention too.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -29,26 +31,36 @@ from torch import Tensor
 from benchmarks.output import add_write, listed, row, write_result
 from gigatome.encoders.dilated import DilatedOptions, dilated_attention
 from gigatome.encoders.dilated_kernels import kernel_for
+from gigatome.encoders.longnet import Checkpointing
 from gigatome.encoders.longvit import LongVit, LongVitConfig, segments_for
 from gigatome.tiles.bench_result import machine
 
 RATIOS = (1, 2, 4, 8, 16)
 HEADS, DIM, PATCH = 16, 24, 32
+_PADDED = 32
 PLAIN = "torchscale's way"
 MIB = 2**20
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ways(tokens: int, compare: int) -> dict[str, Attend]:
+def ways(tokens: int, compare: int, *, cuda: bool = False) -> dict[str, Attend]:
     """Attention over a square image of so many patches; torchscale's too at the length to compare at."""
     branches = segments_for(PATCH * isqrt(tokens)), RATIOS, HEADS
     made: dict[str, Attend] = {"gigatome": lambda q, k, v: dilated_attention(q, k, v, DilatedOptions(*branches))}
+    if cuda:
+        made["gigatome, padded to 32"] = lambda q, k, v: padded_attention(q, k, v, DilatedOptions(*branches))
     if tokens == compare:
         compat = DilatedOptions.compat(*branches)
         made["gigatome, compat"] = lambda q, k, v: dilated_attention(q, k, v, compat)
         made[PLAIN] = lambda q, k, v: torchscale_attention(q, k, v, compat)
     return made
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions) -> Tensor:
+    """The same as ``dilated_attention``, of heads that are padded to 32 for kernels that have no 24."""
+    q, k, v = (F.pad(x, (0, _PADDED - DIM)) for x in (q * (_PADDED / DIM) ** 0.5, k, v))
+    return dilated_attention(q, k, v, options)[..., :DIM]
 
 
 def torchscale_attention(q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions) -> Tensor:
@@ -131,7 +143,8 @@ def _resident(field: str, *, reset: bool = False) -> int | None:
 
 def measure(tokens: int, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """All ways at one length."""
-    tensors, arms = inputs(tokens, options.device, dtype), ways(tokens, options.compare)
+    tensors = inputs(tokens, options.device, dtype)
+    arms = ways(tokens, options.compare, cuda=options.device.startswith("cuda") or options.tiny)
     passes = {"forward": forward, **({"forward and backward": training} if tokens <= options.backward else {})}
     jobs = {(name, arm): partial(passes[name], arms[arm], *tensors) for name in passes for arm in arms}
     taken: dict[tuple[str, str], list[tuple[float, float | None]]] = {key: [] for key in jobs}
@@ -151,37 +164,36 @@ def measure(tokens: int, options: argparse.Namespace, dtype: torch.dtype) -> dic
         rows.append(cells)
     if PLAIN not in arms:
         return {"tokens": tokens, "rows": rows}
-    gap = forward(arms[PLAIN], *tensors) - forward(arms["gigatome"], *tensors)
-    return {"tokens": tokens, "rows": rows, "largest_difference": gap.abs().max().item()}
+    reference = forward(arms[PLAIN], *tensors)
+    gaps = {arm: (forward(arms[arm], *tensors) - reference).abs().max().item() for arm in arms if arm != PLAIN}
+    return {"tokens": tokens, "rows": rows, "largest_differences": gaps}
 
 
-def training_step(side: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds, and GiB at the peak, of a step of LongViT-S on one image."""
+def training_step(side: int, heads: int, checkpointing: Checkpointing, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, and GiB at the peak, of a step of LongViT-S on one image; None where memory does not suffice."""
     device = options.device
     torch.manual_seed(0)
     depth = 1 if options.tiny else 12
-    config = LongVitConfig(image_size=side, heads=options.heads, depth=depth, norm="finetune")
-    model = LongVit(config, drop_path=0.0, checkpointing=options.checkpointing).to(device).train()
+    config = LongVitConfig(image_size=side, heads=heads, depth=depth, norm="finetune")
+    model = LongVit(config, drop_path=0.0, checkpointing=checkpointing).to(device).train()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-5)
     image = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8)
 
     def step() -> None:
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss = model(image).square().mean()
+            loss = model(image.to(device, non_blocking=True)).square().mean()
         loss.backward()
         adam.step()
         adam.zero_grad(set_to_none=True)
 
-    found = [timed(step, device) for _ in range(options.rounds + 1)][1:]
+    made: dict[str, Any] = {"tokens": (side // PATCH) ** 2, "heads": heads, "checkpointing": checkpointing}
+    try:
+        found = [timed(step, device) for _ in range(options.rounds + 1)][1:]
+    except torch.OutOfMemoryError:
+        return made | {"seconds": None, "gib": None}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else None
-    return {
-        "side": side,
-        "tokens": (side // PATCH) ** 2,
-        "heads": options.heads,
-        "checkpointing": options.checkpointing,
-        "seconds": round(statistics.median(seconds for seconds, _ in found), 3),
-        "gib": peak and round(peak, 2),
-    }
+    seconds = round(statistics.median(seconds for seconds, _ in found), 3)
+    return made | {"seconds": seconds, "gib": peak and round(peak, 2)}
 
 
 def markdown(results: dict[str, Any], command: str, conditions: dict[str, Any]) -> str:
@@ -202,8 +214,14 @@ def markdown(results: dict[str, Any], command: str, conditions: dict[str, Any]) 
             memory = "" if cells["mib"] is None else f"{cells['mib']:,.0f}"
             shown = f"{item['tokens']:,}", f"{cells['pass']}, {cells['way']}", f"{cells['seconds']:g}", memory
             lines.append(row([*shown, f"{cells['times']:.2f}" if "times" in cells else ""]))
-    if step := results["step"]:
-        lines += ["", f"A training step of LongViT-S, bfloat16: {listed(step)}."]
+    if steps := results["steps"]:
+        lines += [
+            "",
+            "A training step of LongViT-S on one image, bfloat16; without figures, memory did not suffice.",
+            "",
+        ]
+        lines += [row(steps[0]), "|---" * len(steps[0]) + "|"]
+        lines += [row(["" if value is None else str(value) for value in step.values()]) for step in steps]
     return "\n".join(lines) + "\n"
 
 
@@ -216,8 +234,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--compare", type=int, default=65536, help="length at which it is torchscale's way too")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--side", type=int, default=32768, help="of the training step's image in pixels; CUDA only")
-    made.add_argument("--heads", type=int, default=HEADS, help="of the training step's model")
-    made.add_argument("--checkpointing", choices=("none", "selective", "block"), default="block")
+    made.add_argument("--heads", type=int, nargs="+", default=[HEADS, 6], help="of the training steps' models")
+    made.add_argument(
+        "--checkpointing", choices=("none", "selective", "block"), nargs="+", default=["selective", "block"]
+    )
     made.add_argument("--tiny", action="store_true", help="tiny sequences, to see whether it works")
     add_write(made)
     return made
@@ -239,8 +259,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "precision": str(dtype).removeprefix("torch."),
     }
     attention = [measure(tokens, options, dtype) for tokens in options.tokens]
-    step = training_step(options.side, options) if cuda or options.tiny else None
-    results = {"attention": attention, "step": step}
+    steps = [
+        training_step(options.side, heads, checkpointing, options)
+        for heads, checkpointing in product(options.heads, options.checkpointing)
+        if cuda or options.tiny
+    ]
+    results = {"attention": attention, "steps": steps}
     if options.write:
         command = f"python -m benchmarks.bench_longnet --device {options.device} --rounds {options.rounds}"
         write_result(options.write, "longnet", markdown(results, command, conditions), conditions)

@@ -134,7 +134,10 @@ def test_bench_sparse(tmp_path):
 def test_bench_longnet(tmp_path):
     pytest.importorskip("torch")
     out = json.loads(run("bench_longnet", "--tiny", "--write", tmp_path))
-    assert out["attention"]
+    (gaps,) = (item["largest_differences"] for item in out["attention"] if "largest_differences" in item)
+    assert list(gaps) == ["gigatome", "gigatome, padded to 32", "gigatome, compat"]
+    assert max(gaps.values()) < 1e-5
+    assert [(step["heads"], step["checkpointing"]) for step in out["steps"]][1:3] == [(16, "block"), (6, "selective")]
     assert list(tmp_path.glob("longnet_*_??????.md"))
 
 
