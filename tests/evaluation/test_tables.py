@@ -216,8 +216,12 @@ def test_labels_of_patients_at_hand(tmp_path):
         assert [(s.name, s.labels["grade"]) for s in joined] == [("s1", "1"), ("s2", "1"), ("s3", "2")]
 
 
-def test_a_table_may_say_whose_a_slide_is(tmp_path):
-    joined = read_labels(file(tmp_path, CLAM), given(("slide_9", "slide_9"), ("slide_10", "kept")))
+def test_a_table_may_say_whose_a_slide_is(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "gigatome"):
+        joined = read_labels(file(tmp_path, CLAM), given(("slide_9", "slide_9"), ("slide_10", "kept")))
+    assert (
+        "patients of 1 slides are the cohort's, such as of slide_10 (patient_9, and kept in the cohort)" in caplog.text
+    )
     assert [(s.name, s.patient) for s in joined] == [("slide_9", "patient_9"), ("slide_10", "kept")]
 
 

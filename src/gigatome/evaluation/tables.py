@@ -254,12 +254,15 @@ def _given(cohort: Cohort, rows: Sequence[CohortSlide], source: str, *, by_patie
             by[row.patient].append(row)
     joined: list[CohortSlide] = []
     used: set[str] = set()
+    other: list[str] = []
     for slide in cohort:
         key = slide.patient if by_patient else slide.name
         used |= {key} & by.keys()
         distinct = {("" if by_patient else row.patient, *row.labels.items()): row for row in by.get(key, [])}
         for row in distinct.values():
-            known = by_patient or slide.patient not in (slide.name, patient_of(slide.name))
+            known = by_patient or _states_patient(slide)
+            if known and not by_patient and _states_patient(row) and row.patient != slide.patient:
+                other.append(f"{slide.name} ({row.patient}, and {slide.patient} in the cohort)")
             labels = {**slide.labels, **row.labels}
             joined.append(replace(slide, patient=slide.patient if known else row.patient, labels=labels))
         if not distinct:
@@ -269,10 +272,17 @@ def _given(cohort: Cohort, rows: Sequence[CohortSlide], source: str, *, by_patie
             f"{source}: no row fits a slide of {cohort.source}; the table holds {rows[0].name} of {rows[0].patient}, "
             f"the cohort {cohort.slides[0].name} of {cohort.slides[0].patient}"
         )
+    if other:
+        log.warning("%s: the patients of %d slides are the cohort's, such as of %s", source, len(other), other[0])
     if len(used) < len(by):
         what = "patient" if by_patient else "slide"
         log.warning("%s: %d of its %d %ss are not in the cohort", source, len(by) - len(used), len(by), what)
     return Cohort(tuple(joined), cohort.source)
+
+
+def _states_patient(slide: CohortSlide) -> bool:
+    """Whether its patient is more than what its name says."""
+    return slide.patient not in (slide.name, patient_of(slide.name))
 
 
 def _merge(patients: Table, slides: Table) -> Table:

@@ -12,27 +12,27 @@ from typing import Any, final
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 
 from gigatome import config
 from gigatome.blob.store import write_atomic
-from gigatome.core.errors import ConfigError, RunError
+from gigatome.core.errors import ConfigError
 from gigatome.core.logs import Failure, Progress, log, silent, write_failures
 from gigatome.distributed import SequenceGroup, rank, sequence_group
 from gigatome.encoders.device import usable_device
 from gigatome.encoders.dilated_parallel import Share
+from gigatome.encoders.folders import weights_digest
 from gigatome.encoders.slide_vit import SlideVit, SlideVitCard, new_slide_vit, open_slide_vit, save_slide_vit
 from gigatome.evaluation.crossval import FoldResult, Setting, result_of
 from gigatome.evaluation.image_model import save_image_model, unit_logits
 from gigatome.evaluation.outcome_loss import Task, prediction_of, task_of
-from gigatome.evaluation.split_tables import write_splits
 from gigatome.evaluation.splits import Split
 from gigatome.evaluation.study import Arm, Study
 from gigatome.evaluation.study_report import write_study
 from gigatome.evaluation.units import ClassOutcome, SurvivalOutcome
 from gigatome.mil.end_to_end import EndToEnd
 from gigatome.recipes.finetune_data import FinetuneData, read_finetune_data
+from gigatome.recipes.finetune_folder import claim
 from gigatome.recipes.finetune_schema import FinetuneRecipe
 from gigatome.recipes.longvit_plan import finetune_advice
 from gigatome.slides.cohort import Cohort
@@ -112,11 +112,12 @@ def finetune(
         count = len(learnt.splits)
         if unknown := [k for k in folds if not 0 <= k < count]:
             raise ConfigError(f"{recipe.name}: there are folds 0 to {count - 1}, not {unknown[0]}")
-        control.on_first(partial(_claim, out, recipe, learnt, anew=not (resume or folds)))
         run = _Run(recipe, options, learnt, out, group, control)
+        record = {"identity": recipe.identity(), "cohort": learnt.digest, "weights": run.check()}
+        control.on_first(partial(claim, out, recipe, learnt, record, anew=not (resume or folds)))
         whole = all(run.fold(k, progress) for k in folds or range(count))
         done = run.done()
-        lost = tuple(dict.fromkeys([*learnt.failures, *chain.from_iterable(map(run.damaged, done))]))
+        lost = tuple(dict.fromkeys([*learnt.failures, *chain.from_iterable(map(run.damaged, done)), *run.failures()]))
         control.on_first(partial(write_failures, out / "failures.csv", lost))
         if not whole:
             return Finetuned(out, done, count, None, preempted=True, failures=lost)
@@ -150,6 +151,27 @@ class _Run:
             self._rows = range(self._share.own.start * patch, self._share.own.stop * patch)
         self._failures: list[Failure] = []
 
+    def check(self) -> str:
+        """Makes sure that all folds can be trained; returns a hash of the weights to start from, "" for random ones.
+
+        Raises:
+            ConfigError: a fold has fewer units to train on than a batch, or is too short for its warm-up.
+            EvaluationError: a fold has too few events for its time bins.
+            StoreError: the weights cannot be read.
+            RunError: they are of another network.
+        """
+        recipe, batch = self._recipe, self._recipe.fit.batch_size
+        for k, split in enumerate(self._splits.parts):
+            if len(split.train) < batch:
+                raise ConfigError(
+                    f"{recipe.name}: fold {k} trains on {len(split.train)} {self._units.level}s, fewer than a batch; "
+                    f"--set fit.batch_size={len(split.train)} or less"
+                )
+            self._options.of_epoch(len(split.train))
+            self._task(k)
+        model = self._new(self._task(0).outputs)
+        return "" if recipe.weights is None else weights_digest("", model.backbone.state_dict())
+
     def folder(self, k: int) -> Path:
         """Of a fold."""
         return self._out / f"fold_{k}"
@@ -170,15 +192,19 @@ class _Run:
         with self._explained():
             test = self._logits(model, split.test)
             train = self._logits(model, split.train) if isinstance(self._units.outcome, SurvivalOutcome) else None
-        failures = dict.fromkeys(chain.from_iterable(self._control.gather(tuple(self._failures))))
         found = {
             "test": test.tolist(),
             "train": [] if train is None else train.tolist(),
-            "failures": [asdict(failure) for failure in failures],
+            "failures": [asdict(failure) for failure in self.failures()],
         }
         self._failures.clear()
         self._control.on_first(partial(write_atomic, folder / _PREDICTIONS, json.dumps(found)))
         return True
+
+    def failures(self) -> list[Failure]:
+        """Slides that the fold at work could not read whole, each once."""
+        met = chain.from_iterable(self._control.gather(tuple(self._failures)))
+        return list({failure.slide: failure for failure in met}.values())
 
     def damaged(self, k: int) -> list[Failure]:
         """Slides that a finished fold could not read whole."""
@@ -238,10 +264,8 @@ class _Run:
         recipe, group, seed = self._recipe, self._group, self._recipe.fit.seed
         order = Order(len(split.train), recipe.fit.batch_size, seed, group.sequence, group.sequences)
         options = self._options.of_epoch(len(split.train))
-        model = new_slide_vit(
-            recipe.encoder, task.outputs, recipe.weights,
-            drop_path=recipe.drop_path, checkpointing=recipe.checkpointing, seed=seed,
-        )  # fmt: skip
+        options = replace(options, save_every=min(options.save_every, options.epoch_steps))
+        model = self._new(task.outputs)
         method = EndToEnd(
             model, task.targets, task.criterion, lambda step: split.train[order(step)], self._card(task),
             share=self._share,
@@ -258,18 +282,24 @@ class _Run:
             seed=seed, rows=self._rows, threads=recipe.threads,
         )  # fmt: skip
         log.info("%s: fold %d of %d, %d units to learn from", self._out, k, len(self._splits), len(split.train))
-        with self._explained():
+        with self._explained(), stream:
             result = fit(
                 method, stream, options, self.folder(k), resume=True,
                 identity=f"{recipe.identity()}, {recipe.processes} processes a slide",
                 evaluate=validation, progress=progress, group=group,
             )  # fmt: skip
-        stream.close()
         self._failures += stream.failures
         log.info("%s", stream.report().sentence())
         if result.encoder is None:
             return None
         return open_slide_vit(self._model(k))[0]
+
+    def _new(self, outputs: int) -> SlideVit:
+        recipe = self._recipe
+        return new_slide_vit(
+            recipe.encoder, outputs, recipe.weights,
+            drop_path=recipe.drop_path, checkpointing=recipe.checkpointing, seed=recipe.fit.seed,
+        )  # fmt: skip
 
     def _explained(self) -> AbstractContextManager[None]:
         return explained_memory(partial(finetune_advice, self._recipe, self._device))
@@ -339,22 +369,3 @@ class _Validation:
         shutil.rmtree(best, ignore_errors=True)
         temporary.rename(best)
         write_atomic(self._record, json.dumps({"step": step, "val_loss": self._lowest}))
-
-
-def _claim(out: Path, recipe: FinetuneRecipe, data: FinetuneData, *, anew: bool) -> None:
-    """Takes a folder for this run, or makes sure that it is this run's already."""
-    record = out / "run.yaml"
-    mine = {"identity": recipe.identity(), "cohort": data.splits.digest}
-    if record.is_file():
-        theirs = yaml.safe_load(record.read_text(encoding="utf-8"))
-        for key, what in (("identity", "another recipe"), ("cohort", "other slides, labels or splits")):
-            if theirs.get(key) != mine[key]:
-                raise RunError(f"{out} holds a run of {what}; choose another folder")
-        if anew and any(out.glob("fold_*")):
-            raise RunError(f"{out} holds this run already; pass --resume to go on with it, or choose another folder")
-        return
-    if out.is_dir() and any(out.iterdir()):
-        raise RunError(f"{out} holds something else; choose another folder")
-    write_atomic(out / "recipe.yaml", config.to_yaml(recipe))
-    write_splits(out / "splits.tsv", data.units, data.splits)
-    write_atomic(record, config.to_yaml(mine))

@@ -1,17 +1,18 @@
 """What a fine-tuning learns from: slides that can be opened, their outcomes, and the splits."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
+from gigatome import config
 from gigatome.core.errors import ConfigError
 from gigatome.core.logs import Failure, Progress
 from gigatome.distributed import rank
 from gigatome.evaluation.protocol import labelled_slides, splits_of
 from gigatome.evaluation.splits import Splits
 from gigatome.evaluation.tables import read_labels
-from gigatome.evaluation.units import Units, make_units
+from gigatome.evaluation.units import ClassOutcome, Units, make_units
 from gigatome.recipes.finetune_schema import FinetuneRecipe, OutcomeOptions
 from gigatome.slides.batch import each_slide
 from gigatome.slides.cohort import Cohort, CohortSlide
@@ -39,6 +40,21 @@ class FinetuneData:
     slides: tuple[tuple[CohortSlide, ...], ...]
     failures: tuple[Failure, ...]
 
+    @property
+    def digest(self) -> str:
+        """Hash of units, outcomes, slides and splits."""
+        outcome = self.units.outcome
+        known = [outcome.y] if isinstance(outcome, ClassOutcome) else [outcome.time, outcome.event]
+        slides = [[slide.name for slide in members] for members in self.slides]
+        return config.digest(
+            {
+                "units": list(self.units.names),
+                "outcome": [values.tolist() for values in known],
+                "slides": slides,
+                "splits": self.splits.digest,
+            }
+        )
+
 
 def read_finetune_data(
     recipe: FinetuneRecipe,
@@ -53,16 +69,16 @@ def read_finetune_data(
     """
     options, cohort = recipe.outcome, Cohort.read(data)
     cohort = cohort if labels is None else read_labels(labels, cohort)
-    failures = control.gather(_unreadable(options, cohort, progress) if rank() == 0 else ())[0]
+    asked = labelled_slides(cohort, options.wanted, options.of)
+    failures = control.gather(_unreadable(cohort, asked, progress) if rank() == 0 else ())[0]
     units = _units(options, cohort, failures)
     known, most = {slide.name: slide for slide in cohort}, 1 if options.slides == "first" else None
     slides = tuple(tuple(known[name] for name in names[:most]) for names in units.slides)
     return FinetuneData(Path(cohort.source).name, units, _splits(recipe, units), slides, failures)
 
 
-def _unreadable(options: OutcomeOptions, cohort: Cohort, progress: Progress) -> tuple[Failure, ...]:
-    """The labelled slides that cannot be opened."""
-    asked = labelled_slides(cohort, options.wanted, options.of)
+def _unreadable(cohort: Cohort, asked: Collection[str], progress: Progress) -> tuple[Failure, ...]:
+    """The slides of these names that cannot be opened."""
     slides = [slide for slide in cohort if slide.name in asked]
     opened = each_slide(slides, lambda slide: slide.open().close(), stage="open", threads=_THREADS, progress=progress)
     return tuple(opened[1])

@@ -58,6 +58,8 @@ class OutcomeOptions:
     def __post_init__(self):
         if (self.target is None) == (self.survival is None):
             raise ValueError("give either target, a column of classes, or survival with its columns")
+        if self.splits.seed:
+            raise ValueError("splits.seed is left out: fit.seed is that of the splits too")
         if self.select == "best" and self.split_file is None and not self.splits.val_fraction:
             raise ValueError("select best needs a validation part: set splits.val_fraction, or give a split_file")
 
@@ -130,6 +132,14 @@ class FinetuneRecipe:
             raise ValueError("encoder.norm must be finetune, as its norm stands after the mean of the tokens")
         if min(self.processes, self.at_once, self.threads) < 1:
             raise ValueError("processes, at_once and threads must be at least 1")
+        if self.fit.parallel != "ddp":
+            raise ValueError("fit.parallel must be ddp: processes share slides here, not weights, which are few")
+        compared = self.outcome.survival is not None and self.outcome.loss.survival_loss != "nll"
+        if compared and self.at_once == 1:
+            raise ValueError(
+                f"outcome.loss.survival_loss {self.outcome.loss.survival_loss} compares slides, and a process works on "
+                "one at a time: set at_once to 2 or more, or survival_loss to nll"
+            )
         if self.fit.epoch_images is not None or self.fit.grad_accumulation != 1:
             raise ValueError(
                 "fit.epoch_images and fit.grad_accumulation are left out: an epoch is a fold's training part, and "
@@ -155,11 +165,12 @@ class FinetuneRecipe:
         return config.digest(self.decisive())
 
     def decisive(self) -> dict[str, Any]:
-        """The values that decide the trained weights, as plain nested mappings."""
+        """The values that decide the trained weights, but for those to start from, as plain nested mappings."""
         parts = {key: config.to_dict(getattr(self, key)) for key in ("encoder", "images", "outcome", "fit")}
         for key in ("save_every", "log_every", "evaluate_every", "keep", "device"):
             parts["fit"].pop(key)
-        return {"weights": self.weights, "drop_path": self.drop_path, **parts}
+        parts["outcome"].pop("resamples")
+        return {"drop_path": self.drop_path, **parts}
 
 
 def load_finetune(source: str | Path, assignments: Sequence[str] = ()) -> FinetuneRecipe:
@@ -176,9 +187,11 @@ def load_finetune(source: str | Path, assignments: Sequence[str] = ()) -> Finetu
     path = recipe_path(source)
     if not is_finetune(path):
         raise ConfigError(f"{source} is no fine-tuning; see gigatome recipes show {source}")
-    values = config.read_yaml(path)
+    values, stated = config.read_yaml(path), config.read_yaml(path)
     for assignment in assignments:
         config.assign(values, assignment)
+    if _question(values) != _question(stated):  # another question than the paper's, whose value says nothing of it
+        values["reproduces"] = []
     values.setdefault("name", recipe_name(path))
     if isinstance(images := values.get("images"), dict) and isinstance(encoder := values.get("encoder"), dict):
         encoder.setdefault("image_size", images.get("image_size", _default(SlideImageOptions, "image_size")))
@@ -192,6 +205,12 @@ def load_finetune(source: str | Path, assignments: Sequence[str] = ()) -> Finetu
             "authors' file; --set weights=null for random weights"
         )
     return recipe
+
+
+def _question(values: Mapping[str, Any]) -> list[Any]:
+    """What is predicted, from images of which size."""
+    outcome, images = values.get("outcome") or {}, values.get("images") or {}
+    return [*(outcome.get(key) for key in ("target", "survival", "label_map")), images.get("image_size")]
 
 
 def _default(kind: type[Any], name: str) -> Any:

@@ -27,6 +27,7 @@ from gigatome.encoders.slide_zoo import open_slide_encoder
 from gigatome.encoders.vit import TileEncoder
 from gigatome.encoders.zoo import load_encoder
 from gigatome.recipes.data import Data, open_data
+from gigatome.recipes.differences import differences
 from gigatome.recipes.longvit_plan import step_advice
 from gigatome.recipes.schema import AnyRecipe, PixelRecipe, Recipe, RegionRecipe, SlideRecipe
 from gigatome.recipes.watch import Watch, WatchOptions
@@ -191,7 +192,7 @@ def _claim(out: Path, recipe: Recipe, data: Mapping[str, Any], resume: bool) -> 
     if record.is_file():
         theirs = yaml.safe_load(record.read_text(encoding="utf-8"))
         if theirs["identity"] != mine["identity"]:
-            raise RunError(f"{out} holds a run of another recipe ({', '.join(_differences(out, recipe))}); "
+            raise RunError(f"{out} holds a run of another recipe ({differences(out, recipe.decisive())}); "
                            "choose another folder, or the recipe in its recipe.yaml")  # fmt: skip
         if theirs["cohort"] != mine["cohort"]:
             raise RunError(f"{out} holds a run on other {_DATA[recipe.level]}; choose another folder, or its own data")
@@ -214,17 +215,3 @@ def _check_slides(out: Path, stream: TileStream | RegionStream | AugmentedStream
                 f"{out}: processes 0 and {number} cannot use the same slides: one has failed with {slide}; see to it "
                 "that all can read the data and the job directory"
             )
-
-
-def _differences(out: Path, recipe: Recipe) -> list[str]:
-    theirs = _flat(config.read_yaml(out / "recipe.yaml"))
-    mine = _flat(recipe.decisive())
-    keys = [key for key in mine if mine[key] != theirs.get(key)]
-    return [f"{key} is {theirs.get(key)} there and {mine.get(key)} here" for key in keys[:3]]
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
