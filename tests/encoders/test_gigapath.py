@@ -291,8 +291,13 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_gigapath(state, SMALL)
     with pytest.raises(RunError, match=r"of another shape: .*patch_embed\.proj\.weight \(\[16, 6\] in the file"):
         load_gigapath(model().state_dict(), replace(SMALL, input_dim=7))
-    with pytest.raises(RunError, match="no weights of Prov-GigaPath's slide encoder, such as 'patch_embed"):
+    with pytest.raises(RunError, match=r"no weights of Prov-GigaPath's .*, as patch_embed\.proj\.weight is missing"):
         load_gigapath({"conv1.weight": torch.zeros(3, 3)})
+    tiles = {"patch_embed.proj.weight": torch.zeros(8, 3, 16, 16), "blocks.0.mlp.fc1.bias": torch.zeros(32)}
+    with pytest.raises(RunError, match=r"as patch_embed\.proj\.weight has shape \[8, 3, 16, 16\], not one of 2 axes"):
+        load_gigapath(tiles)
+    with pytest.raises(RunError, match=r"as encoder\.layers\.0\.ffn\.fc1\.bias is missing; give its slide_encoder"):
+        load_gigapath({"patch_embed.proj.weight": torch.zeros(16, 6)})
     with pytest.raises(StoreError, match="no such file"):
         load_gigapath(tmp_path / "none.pth")
 

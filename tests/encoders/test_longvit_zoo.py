@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 from gigatome import config
 from gigatome.core.errors import RunError, StoreError
 from gigatome.encoders.longvit import LongVit, LongVitConfig
-from gigatome.encoders.longvit_zoo import LongVitCard, longvit_digest, open_longvit, open_pixel_encoder, save_longvit
+from gigatome.encoders.longvit_zoo import (
+    LongVitCard,
+    finishing,
+    is_finetuning,
+    longvit_digest,
+    open_longvit,
+    open_pixel_encoder,
+    save_longvit,
+)
 from gigatome.encoders.region_vit import RegionVit, RegionVitConfig
 from gigatome.encoders.region_zoo import RegionCard, save_region_encoder
 from gigatome.encoders.vit import EncoderConfig, build_encoder
@@ -82,6 +90,38 @@ def test_an_unfinished_run_gives_its_last_teacher(tmp_path):
     assert same(open_pixel_encoder(tmp_path), encoder)
     with pytest.raises(RunError, match="is a LongViT; gigatome embed takes it at level tile"):
         load_encoder(tmp_path)
+
+
+def test_of_a_fold_the_selected_one_is_taken(tmp_path):
+    last, best = make(1), make(2)
+    save_longvit(last, tmp_path / "fold_0/encoder", CARD)
+    assert same(open_longvit(tmp_path / "fold_0")[0], last)
+    save_longvit(best, tmp_path / "fold_0/best", CARD)
+    for opens in (lambda spec: open_longvit(spec)[0], open_pixel_encoder):
+        assert same(opens(tmp_path / "fold_0"), best)
+        assert same(opens(tmp_path / "fold_0/encoder"), last)
+        assert same(opens(str(tmp_path / "fold_0/best")), best)
+
+
+def test_a_fine_tuning_is_told_from_its_folds(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    save_longvit(make(), run / "fold_0/encoder", CARD)
+    save_longvit(make(), run / "fold_1/best", CARD)  # of an epoch, but the fold goes on
+    assert not is_finetuning(run)
+    (run / "recipe.yaml").write_text("name: mine\noutcome: {target: subtype}\n")
+    assert is_finetuning(run)
+    for opens in (open_longvit, open_pixel_encoder):
+        with pytest.raises(RunError, match=r"run: is a fine-tuning, .* give one of them, .*run/fold_0$"):
+            opens(run)
+        with pytest.raises(RunError, match="fold_1: this fold is not finished") as error:
+            opens(run / "fold_1")
+        assert finishing(run) in str(error.value)
+        opens(run / "fold_0")
+    monkeypatch.chdir(run / "fold_1")
+    with pytest.raises(RunError, match="this fold is not finished"):
+        open_pixel_encoder(".")
+    unfinished(run / "fold_2")  # with a recipe of its own
+    assert same(open_pixel_encoder(run / "fold_2"), make(10))
 
 
 def test_the_authors_file(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -160,12 +161,68 @@ def test_from_one_that_was_fine_tuned(tmp_path, caplog):
     authors = authors_fine_tuned(made, tmp_path / "fine.pth")
     for spec in (tmp_path, tmp_path / "flat.safetensors", tmp_path / "flat.pth", authors):
         assert same(new_slide_vit(FINE, 3, spec, seed=7).eval(), made)
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, "gigatome"):
             other = new_slide_vit(FINE, 2, spec, seed=7).eval()
         assert f"{spec}: has a head of other outputs" in caplog.text
         assert torch.equal(other.head.weight, new_slide_vit(FINE, 2, None, seed=7).head.weight)
         assert torch.equal(other.backbone(PIXELS), made.backbone(PIXELS))
         caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "changes", "words"),
+    [
+        ({}, {}, ""),
+        ({}, {"name": "yours", "level": "patient", "source": "elsewhere"}, ""),
+        ({}, {"classes": ("glandular", "solid", "other")}, r"classes \('IDC', 'ILC', 'other'\), not \('glandular'"),
+        ({}, {"classes": ("ILC", "IDC", "other")}, "classes"),
+        ({}, {"target": "grade"}, "target subtype, not grade"),
+        ({"classes": (), "edges": (0.0, 1.0, 2.0, 3.0)}, {}, ""),
+        ({"classes": (), "edges": (0.0, 1.0, 2.0, 3.0)}, {"edges": (0.0, 1.0, 2.0, 4.0)}, "edges"),
+    ],
+)
+def test_a_head_is_kept_if_it_predicts_the_same(tmp_path, caplog, theirs, changes, words):
+    made, card = fine_tuned(), replace(CARD, **theirs)
+    save_slide_vit(made, tmp_path, card)
+    with caplog.at_level(logging.INFO, "gigatome"):
+        again = new_slide_vit(FINE, 3, tmp_path, card=replace(card, **changes), seed=7).eval()
+    (said,) = [record.getMessage() for record in caplog.records if "head" in record.getMessage()]
+    assert torch.equal(again.backbone(PIXELS), made.backbone(PIXELS))
+    if words:
+        assert re.search(f"its head has {words}", said)
+        assert said.endswith("so the head is a new one")
+        assert torch.equal(again.head.weight, new_slide_vit(FINE, 3, None, seed=7).head.weight)
+    else:
+        assert "its head is kept, as it predicts the same" in said
+        assert same(again, made)
+
+
+def test_a_head_that_says_nothing_of_itself_is_kept_with_a_warning(tmp_path, caplog):
+    made = fine_tuned()
+    path = authors_fine_tuned(made, tmp_path / "fine.pth")
+    assert same(new_slide_vit(FINE, 3, path, card=CARD).eval(), made)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "its head is kept, as it has 3 outputs; nothing says of what" in caplog.text
+    with caplog.at_level(logging.INFO, "gigatome"):
+        new_slide_vit(FINE, 3, published(pretrained(), tmp_path / "longvit.pth"), card=CARD)
+    assert "longvit.pth: has no head, so the head is a new one" in caplog.text
+
+
+def test_of_a_fold_the_selected_one_is_taken(tmp_path):
+    last, best = fine_tuned(seed=1), fine_tuned(seed=2)
+    save_slide_vit(last, tmp_path / "fold_0/encoder", CARD)
+    save_slide_vit(best, tmp_path / "fold_0/best", CARD)
+    (tmp_path / "recipe.yaml").write_text("outcome: {target: subtype}\n")
+    (tmp_path / "fold_1").mkdir()
+    assert same(open_slide_vit(tmp_path / "fold_0")[0], best)
+    assert same(open_slide_vit(tmp_path / "fold_0/encoder")[0], last)
+    assert same(new_slide_vit(FINE, 3, tmp_path / "fold_0", card=CARD).eval(), best)
+    assert torch.equal(open_pixel_encoder(tmp_path / "fold_0")(PIXELS), best.backbone(PIXELS))
+    for opens in (open_slide_vit, lambda spec: new_slide_vit(FINE, 3, spec)):
+        with pytest.raises(RunError, match=r"is a fine-tuning, .* give one of them, .*fold_0"):
+            opens(tmp_path)
+        with pytest.raises(RunError, match="fold_1: this fold is not finished"):
+            opens(tmp_path / "fold_1")
 
 
 def test_half_precision_becomes_single(tmp_path):

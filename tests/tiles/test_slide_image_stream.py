@@ -14,7 +14,14 @@ from conftest import write_slide
 from gigatome.core.errors import ConfigError, NotASlideError, StoreError
 from gigatome.slides.cohort import CohortSlide
 from gigatome.slides.slide import Slide
-from gigatome.tiles.slide_image_stream import Order, SlideImageReport, SlideImageStream, slide_images
+from gigatome.tiles.slide_image_stream import (
+    Order,
+    SlideImageReport,
+    SlideImageStream,
+    damage,
+    images_or_errors,
+    slide_images,
+)
 from gigatome.tiles.slide_images import SlideImageOptions, read_slide_image, slide_frame
 from tiff_files import aperio_pages, picture, write_tiff
 
@@ -152,6 +159,7 @@ def test_damage_is_listed_and_said_once(slides, tmp_path, caplog):
         batches = take(stream, 3)
     (failure,) = stream.failures
     assert (failure.slide, failure.stage, failure.error) == ("bad", "images", "DamagedSlideError")
+    assert failure == damage("bad", failure.message)
     assert "chunk" in failure.message
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["bad"]
     bad = batches[0].images[batches[0].units.tolist().index(0)]
@@ -238,6 +246,19 @@ def test_whole_images_for_prediction(slides):
     rows = list(slide_images(entries, OPTIONS, rows=range(10, 20)))
     assert np.array_equal(rows[2].pixels, images[2].pixels[10:20])
     assert list(slide_images([], OPTIONS)) == []
+
+
+def test_an_error_takes_the_place_of_an_image(slides, tmp_path):
+    (tmp_path / "none.svs").write_bytes(b"no slide at all" * 10)
+    bad = CohortSlide(str(tmp_path / "none.svs"), "none", "none")
+    gone = replace(bad, uri=str(tmp_path / "gone.svs"))
+    first, broken, second, missing = images_or_errors([slides[1][0], bad, slides[2][0], gone], OPTIONS)
+    assert isinstance(broken, NotASlideError)
+    assert isinstance(missing, StoreError)
+    for image, slide in ((first, slides[1][0]), (second, slides[2][0])):
+        (alone,) = slide_images([slide], OPTIONS)
+        assert np.array_equal(image.pixels, alone.pixels)
+    assert not own_threads()
 
 
 def test_damage_is_said_in_prediction(tmp_path, caplog):

@@ -278,13 +278,19 @@ def load_gigapath(
 
 
 def _config_of(state: Mapping[str, Tensor], source: str) -> GigapathConfig:
-    try:
-        dim, input_dim = state["patch_embed.proj.weight"].shape
-        ffn_dim = len(state["encoder.layers.0.ffn.fc1.bias"])
-    except (KeyError, ValueError) as error:
-        raise RunError(f"{source}: holds no weights of Prov-GigaPath's slide encoder, such as {error}") from error
+    refusal = f"{source}: holds no weights of Prov-GigaPath's slide encoder"
+    tiles, hidden = "patch_embed.proj.weight", "encoder.layers.0.ffn.fc1.bias"
+    for key, axes in ((tiles, 2), (hidden, 1)):
+        if key not in state:
+            raise RunError(f"{refusal}, as {key} is missing; give its slide_encoder.pth")
+        if state[key].ndim != axes:
+            raise RunError(
+                f"{refusal}, as {key} has shape {list(state[key].shape)}, not one of {axes} axes; give its "
+                "slide_encoder.pth"
+            )
+    dim, input_dim = state[tiles].shape
     depth = sum(key.startswith("encoder.layers.") and key.endswith(".ffn.fc1.bias") for key in state)
-    return GigapathConfig(input_dim, dim, depth, ffn_dim=ffn_dim)
+    return GigapathConfig(input_dim, dim, depth, ffn_dim=len(state[hidden]))
 
 
 def _check(x: Tensor, places: Tensor, config: GigapathConfig) -> None:

@@ -1,7 +1,8 @@
 """LongViTs on disk.
 
 A folder holds ``encoder.safetensors``, with the authors' keys, and ``encoder.json``, the card. One with a head, which
-:mod:`gigatome.encoders.slide_vit` makes and writes, has the head among its weights and a card that says more.
+:mod:`gigatome.encoders.slide_vit` makes and writes, has the head among its weights and a card that says more. A fold of
+a fine-tuning holds one of the last epoch in ``encoder/``, and, if an epoch was to be selected, that one's in ``best/``.
 """
 
 import json
@@ -31,7 +32,11 @@ from gigatome.tiles.slide_images import SlideImageOptions
 SLIDE_PIXELS = "slide pixels"
 """Level of a LongViT with a head."""
 
+BEST = "best"
+"""Folder, beside ``encoder/`` in that of a fold, of the LongViT that was selected; not there if none was to be."""
+
 _MODEL = "?model=longvit"  # after a file of weights
+_RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,12 @@ def open_longvit(spec: str | Path) -> tuple[LongVit, LongVitCard]:
 
     Args:
         spec: a run folder of ``gigatome train`` with a recipe of level pixels, also of a run that has not finished;
-            the folder of a LongViT, whose head, if it has one, is left out; or the authors' file of weights,
-            ``longvit_small_patch32_1024.pth``, after which ``?model=longvit`` may stand.
+            the folder of a fold of a fine-tuning, or of a LongViT, whose head, if it has one, is left out; or the
+            authors' file of weights, ``longvit_small_patch32_1024.pth``, after which ``?model=longvit`` may stand.
 
     Raises:
         StoreError: there is nothing at ``spec``, or it cannot be read.
-        RunError: it is no LongViT.
+        RunError: it is no LongViT, or a fine-tuning, or a fold of one that is not finished.
     """
     path = longvit_path(spec)
     if path.is_file():
@@ -102,7 +107,7 @@ def open_longvit(spec: str | Path) -> tuple[LongVit, LongVitCard]:
         return model, LongVitCard(path.stem, model.config, source=path.name)
     if not path.is_dir():
         raise StoreError(f"{spec}: no such LongViT; give a run folder, the folder of one, or a file of weights")
-    folder = find_folder(path)
+    folder = longvit_folder(path)
     return _read_folder(folder) if folder else _read_unfinished(path)
 
 
@@ -118,6 +123,34 @@ def open_pixel_encoder(spec: str | Path) -> TileEncoder | LongVit:
 def longvit_path(spec: str | Path) -> Path:
     """The path in what :func:`open_longvit` takes."""
     return Path(str(spec).removesuffix(_MODEL))
+
+
+def longvit_folder(path: Path) -> Path | None:
+    """The folder with a card that ``path`` is or, of a run or a fold, has: of a fold the selected one; None without.
+
+    Raises:
+        RunError: it is a fine-tuning, which has one in each fold, or a fold of one that is not finished.
+    """
+    folder = find_folder(path)
+    if folder is None and is_finetuning(path):
+        raise RunError(f"{path}: is a fine-tuning, with a LongViT in each fold; give one of them, {path / 'fold_0'}")
+    if folder is None and _is_fold(path):
+        raise RunError(f"{path}: this fold is not finished; {finishing(path.parent)} goes on with it")
+    selected = folder == path / "encoder" and (path / BEST / CARD_FILE).is_file()
+    return path / BEST if selected else folder
+
+
+def is_finetuning(path: Path) -> bool:
+    """Whether a folder is that of a fine-tuning on slides, finished or not."""
+    try:
+        return "outcome" in configuration.read_yaml(path / _RECIPE)
+    except (ValueError, ConfigError):
+        return False
+
+
+def finishing(run: Path) -> str:
+    """The command that goes on with a fine-tuning."""
+    return f"gigatome train {run / _RECIPE} --data SLIDES --labels CSV -o {run} --resume"
 
 
 def longvit_digest(encoder: LongVit) -> str:
@@ -167,12 +200,19 @@ def _is_longvit(spec: str) -> bool:
 def _level(path: Path) -> str | None:
     """Which a folder of an encoder or of a run says that it is of."""
     folder = find_folder(path)
+    if folder is None and (is_finetuning(path) or _is_fold(path)):
+        return SLIDE_PIXELS
     try:
         if folder is not None:
             return json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get("level")
-        return configuration.read_yaml(path / "recipe.yaml").get("level")
+        return configuration.read_yaml(path / _RECIPE).get("level")
     except (OSError, ValueError, AttributeError, ConfigError):
         return None  # whoever opens it says what is wrong
+
+
+def _is_fold(path: Path) -> bool:
+    path = path.absolute()  # "." has no name
+    return path.name.startswith("fold_") and not (path / _RECIPE).exists() and is_finetuning(path.parent)
 
 
 def _read_folder(folder: Path) -> tuple[LongVit, LongVitCard]:
@@ -193,7 +233,7 @@ def _refusal(level: str) -> str:
 def _read_unfinished(run: Path) -> tuple[LongVit, LongVitCard]:
     """The teacher in the last checkpoint of a run that has not written its encoder yet."""
     last = last_checkpoint(run, "a LongViT")
-    recipe = configuration.read_yaml(run / "recipe.yaml")
+    recipe = configuration.read_yaml(run / _RECIPE)
     if (level := recipe.get("level", "tile")) != "pixels":
         raise RunError(f"{run}: trains an encoder of {level}s, no LongViT; give the run of a recipe of level pixels")
     values = {
@@ -202,6 +242,6 @@ def _read_unfinished(run: Path) -> tuple[LongVit, LongVitCard]:
         "mpp": recipe.get("tiles", {}).get("mpp", []),
         "source": f"gigatome, {last.parent.name} of an unfinished run",
     }
-    card = configuration.parse(LongVitCard, values, source=str(run / "recipe.yaml"))
+    card = configuration.parse(LongVitCard, values, source=str(run / _RECIPE))
     log.warning("%s: the run has not finished; taking the teacher at %s", run, last.parent.name)
     return load_longvit(last, card.config), card

@@ -19,13 +19,14 @@ from gigatome.core.errors import ConfigError, StoreError
 from gigatome.core.logs import log
 from gigatome.core.seeding import torch_seed
 from gigatome.encoders.dilated_parallel import Share
-from gigatome.encoders.folders import WEIGHTS_FILE, find_folder, write_folder
+from gigatome.encoders.folders import WEIGHTS_FILE, write_folder
 from gigatome.encoders.longnet import Checkpointing
 from gigatome.encoders.longvit import LongVit, LongVitConfig, load_longvit
 from gigatome.encoders.longvit_zoo import (
     SLIDE_PIXELS,
     SlideVitCard,
     is_slide_vit,
+    longvit_folder,
     longvit_path,
     open_longvit,
     read_slide_vit,
@@ -38,6 +39,7 @@ __all__ = ["SlideVit", "SlideVitCard", "new_slide_vit", "open_slide_vit", "save_
 _STD = 0.02
 _HEAD = ("weight", "bias")
 _MUST_AGREE = ("patch_size", "dim", "depth", "heads", "ffn_dim", "mean", "std")
+_PREDICTED = ("target", "classes", "edges")
 
 
 @final
@@ -88,19 +90,23 @@ def new_slide_vit(
     outputs: int,
     weights: str | Path | None,
     *,
+    card: SlideVitCard | None = None,
     drop_path: float = 0.0,
     checkpointing: Checkpointing = "none",
     seed: int = 0,
 ) -> SlideVit:
     """A network to be trained, in training mode, on the CPU; the global generators are left as they are.
 
+    It is logged whether a head of ``weights`` is kept.
+
     Args:
         config: of the LongViT, with ``norm="finetune"``. Position embeddings of ``weights`` are interpolated to its
             ``grid``.
         outputs: logits of an image.
         weights: to begin with: what :func:`~gigatome.encoders.longvit_zoo.open_longvit` takes, the folder of such a
-            network, or the file of one that the authors' code has fine-tuned. Its head is taken if it has as many
-            outputs. None for random weights.
+            network, or the file of one that the authors' code has fine-tuned. None for random weights.
+        card: what the logits are to be of. A head in ``weights`` is kept if it has as many outputs and, where both have
+            cards, predicts the same: target, classes and edges of time bins.
         drop_path: as for :class:`SlideVit`.
         checkpointing: likewise.
         seed: of the random weights.
@@ -114,12 +120,9 @@ def new_slide_vit(
         torch.default_generator.manual_seed(torch_seed(seed, "encoder"))
         model = SlideVit(config, outputs, drop_path=drop_path, checkpointing=checkpointing)
     if weights is not None:
-        backbone, head = _beginning(weights, config)
+        backbone, head, theirs = _beginning(weights, config)
         model.backbone.load_state_dict(backbone)
-        if _shapes(head) == _shapes(model.head.state_dict()):
-            model.head.load_state_dict(head)
-        elif head:
-            log.info("%s: has a head of other outputs, so the head is a new one", weights)
+        _take_head(model.head, head, str(weights), theirs, card)
     return model
 
 
@@ -135,13 +138,15 @@ def open_slide_vit(folder: str | Path) -> tuple[SlideVit, SlideVitCard]:
     """A network in evaluation mode, on the CPU, and its card.
 
     Args:
-        folder: that :func:`save_slide_vit` has written, or one that has it as ``encoder/``.
+        folder: that :func:`save_slide_vit` has written, or one that has it as ``encoder/``, or of a fold of a
+            fine-tuning, whose selected one is taken.
 
     Raises:
         StoreError: there is none.
-        RunError: it holds another encoder, cannot be read, or weights and card do not belong together.
+        RunError: it holds another encoder, cannot be read, weights and card do not belong together, or the fine-tuning
+            is not finished.
     """
-    found = find_folder(Path(folder))
+    found = longvit_folder(Path(folder))
     if found is None:
         raise StoreError(f"{folder}: holds no LongViT with a head; give what a fine-tuning on slides has written")
     card, weights = read_slide_vit(found)
@@ -161,23 +166,50 @@ def _by_authors_keys(model: SlideVit) -> nn.Module:
     return flat
 
 
-def _beginning(spec: str | Path, config: LongVitConfig) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """Weights of a LongViT of this config, and those of a head, which may be none."""
+def _beginning(
+    spec: str | Path, config: LongVitConfig
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], SlideVitCard | None]:
+    """Weights of a LongViT of this config, those of a head, which may be none, and what that one's card says."""
     path = longvit_path(spec)
     if path.is_file():
-        return load_longvit(path, config).state_dict(), _head_in(path)
+        return load_longvit(path, config).state_dict(), _head_in(path), None
     head: Mapping[str, Tensor] = {}
+    said: SlideVitCard | None = None
     if is_slide_vit(path):
-        model, card = open_slide_vit(path)
-        backbone, theirs = model.backbone, card.config
-        head = model.head.state_dict()
+        model, said = open_slide_vit(path)
+        backbone, theirs, head = model.backbone, said.config, model.head.state_dict()
     else:
         backbone, card = open_longvit(spec)
         theirs = card.config
     for name in _MUST_AGREE:
         if (value := getattr(theirs, name)) != getattr(config, name):
             raise ConfigError(f"{spec}: has {name} {value}, but the encoder is to have {getattr(config, name)}")
-    return load_longvit(backbone.state_dict(), config).state_dict(), head
+    return load_longvit(backbone.state_dict(), config).state_dict(), head, said
+
+
+def _take_head(
+    own: nn.Linear,
+    head: Mapping[str, Tensor],
+    source: str,
+    theirs: SlideVitCard | None,
+    ours: SlideVitCard | None,
+) -> None:
+    """Puts the weights of a head into a new one if it predicts the same, as far as is known, and says what was done."""
+    if not head:
+        log.info("%s: has no head, so the head is a new one", source)
+        return
+    if _shapes(head) != _shapes(own.state_dict()):
+        log.info("%s: has a head of other outputs, so the head is a new one", source)
+        return
+    if theirs is None or ours is None:
+        log.warning("%s: its head is kept, as it has %d outputs; nothing says of what", source, own.out_features)
+    else:
+        for name in _PREDICTED:
+            if (value := getattr(theirs, name)) != (wanted := getattr(ours, name)):
+                log.info("%s: its head has %s %s, not %s, so the head is a new one", source, name, value, wanted)
+                return
+        log.info("%s: its head is kept, as it predicts the same", source)
+    own.load_state_dict(head)
 
 
 def _head_in(path: Path) -> dict[str, Tensor]:

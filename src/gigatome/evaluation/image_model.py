@@ -3,10 +3,12 @@
 A folder holds ``model.json``, the card, and each fold's model in ``fold_<k>/``.
 """
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -19,6 +21,7 @@ from gigatome.core.errors import GigatomeError, StoreError
 from gigatome.core.logs import Failure, Progress, log, silent
 from gigatome.encoders.device import usable_device
 from gigatome.encoders.dilated_parallel import Share
+from gigatome.encoders.longvit_zoo import finishing, is_finetuning
 from gigatome.encoders.slide_vit import SlideVit, SlideVitCard, open_slide_vit
 from gigatome.evaluation.crossval import FoldResult
 from gigatome.evaluation.outcome_loss import prediction_of
@@ -27,9 +30,11 @@ from gigatome.evaluation.saved import CARD, NewPrediction, ensemble_rows, outcom
 from gigatome.evaluation.survival_result import SurvivalResult
 from gigatome.evaluation.units import Units
 from gigatome.mil.end_to_end import predict_slides as predict_images
+from gigatome.slides.batch import each_slide
 from gigatome.slides.cohort import Cohort, CohortSlide
-from gigatome.tiles.slide_image_stream import slide_images
+from gigatome.tiles.slide_image_stream import damage, images_or_errors, slide_images
 from gigatome.tiles.slide_images import SlideImage, SlideImageOptions
+from gigatome.training.memory import explained_memory
 
 _KIND = "slide images"
 
@@ -64,7 +69,8 @@ def unit_logits(
 
     def pixels() -> Iterator[NDArray[np.uint8]]:
         for slide, image in zip(every, slide_images(every, options, rows=rows, threads=threads), strict=True):
-            failures.extend(_damage(slide, image))
+            if image.damaged:
+                failures.append(damage(slide.name, image.damaged))
             yield image.pixels
 
     logits = predict_images(model, pixels(), device=device, precision=precision, share=share)
@@ -80,7 +86,8 @@ class ImageModel:
 
     Attributes:
         folder: where they lie.
-        card: what they are and were trained on: target, level, classes, scores, threshold, cohort.
+        card: what they are and were trained on: target, level, classes, scores, threshold, cohort; ``precision`` of the
+            scored predictions, and ``slides``, those that are used of a patient, ``"all"`` or ``"first"`` by name.
         members: each with its own card.
     """
 
@@ -99,19 +106,18 @@ class ImageModel:
         *,
         by_patient: bool | None = None,
         device: str = "cpu",
-        precision: Literal["fp32", "bf16"] = "fp32",
         threads: int = 8,
         progress: Progress = silent,
     ) -> tuple[list[NewPrediction], tuple[Failure, ...]]:
-        """What the models together say of new slides, or patients.
+        """What the models together say of new slides, or patients, as they were scored: the card says how.
 
         There is no embedding by which a slide could be called unusual: its distance is NaN.
 
         Args:
-            cohort: the slides; each is read once.
-            by_patient: predict patients, from the mean logits of their slides; by default as was learnt.
+            cohort: the slides; each is read once, while the one before it is predicted.
+            by_patient: predict patients, from the mean logits of their slides, or from the first that can be opened; by
+                default as was learnt.
             device: where the models run.
-            precision: of the forward pass.
             threads: that read a slide.
             progress: called after each slide.
 
@@ -119,31 +125,23 @@ class ImageModel:
             The predictions, and the slides that could not be read, or not whole.
 
         Raises:
-            StoreError: no slide could be read.
+            StoreError: no slide could be predicted.
+            RunError: memory does not suffice.
         """
         usable_device(device)
         together = self.card["level"] == "patient" if by_patient is None else by_patient
-        said: dict[str, list[NDArray[np.float64]]] = defaultdict(list)  # of each slide of a unit [members, outputs]
-        failures: list[Failure] = []
-        for done, slide in enumerate(cohort, start=1):
-            try:
-                image = next(slide_images([slide], self.members[0][1].images, threads=threads))
-            except GigatomeError as error:
-                log.warning("%s: %s", slide.name, error)
-                failures.append(Failure.of(slide.name, "predict", error))
-            else:
-                logits = [
-                    predict_images(model, [image.pixels], device=torch.device(device), precision=precision)[0]
-                    for model, _ in self.members
-                ]
-                said[slide.patient if together else slide.name].append(np.stack(logits))
-                failures += _damage(slide, image)
-            progress("predict", done, len(cohort))
+        slides, lost = self._used(cohort, together, threads, progress)
+        with explained_memory(partial(self._advice, device)):
+            said, failures = self._logits(slides, device, threads, progress)
+        failures = [*lost, *failures]
         if not said:
-            raise StoreError(
-                f"{cohort.source}: no slide could be read, such as {failures[0].slide}: {failures[0].message}"
-            )
-        means = np.stack([np.mean(slides, 0) for slides in said.values()])  # [units, members, outputs]
+            first = failures[0]
+            raise StoreError(f"{cohort.source}: no slide could be predicted, such as {first.slide}: {first.message}")
+        units: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+        for slide in slides:
+            if slide.name in said:
+                units[slide.patient if together else slide.name].append(said[slide.name])
+        means = np.stack([np.mean(members, 0) for members in units.values()])  # [units, models, outputs]
         every = [
             prediction_of(means[:, k], len(card.classes), np.array(card.edges))
             for k, (_, card) in enumerate(self.members)
@@ -151,9 +149,54 @@ class ImageModel:
         rows = ensemble_rows(self.card, every)
         predictions = [
             NewPrediction(name, *row, distance=float("nan"), unusual=False)
-            for name, row in zip(said, rows, strict=True)
+            for name, row in zip(units, rows, strict=True)
         ]
         return predictions, tuple(failures)
+
+    def _used(
+        self, cohort: Cohort, together: bool, threads: int, progress: Progress
+    ) -> tuple[list[CohortSlide], list[Failure]]:
+        """The slides that are read, each once, and of those that cannot be opened what is known by then."""
+        slides = list({slide.name: slide for slide in cohort}.values())
+        if not together or self.card["slides"] == "all":
+            return slides, []
+        opened, failures = each_slide(
+            slides, lambda slide: slide.open().close(), stage="open", threads=threads, progress=progress
+        )
+        first: dict[str, CohortSlide] = {}
+        for slide in sorted((slide for slide in slides if slide.name in opened), key=lambda slide: slide.name):
+            first.setdefault(slide.patient, slide)
+        return [slide for slide in slides if first.get(slide.patient) is slide], failures
+
+    def _logits(
+        self, slides: Sequence[CohortSlide], device: str, threads: int, progress: Progress
+    ) -> tuple[dict[str, NDArray[np.float64]], list[Failure]]:
+        """Logits [models, outputs] of each slide that can be predicted, and the others and damaged ones."""
+        said: dict[str, NDArray[np.float64]] = {}
+        failures: list[Failure] = []
+        with contextlib.closing(images_or_errors(slides, self.members[0][1].images, threads=threads)) as images:
+            for done, slide in enumerate(slides, start=1):
+                try:
+                    said[slide.name], damaged = self._of_image(next(images), device)
+                except GigatomeError as error:
+                    log.warning("%s: %s", slide.name, error)
+                    failures.append(Failure.of(slide.name, "predict", error))
+                else:
+                    failures += [damage(slide.name, damaged)] if damaged else []
+                progress("predict", done, len(slides))
+        return said, failures
+
+    def _of_image(self, image: SlideImage | GigatomeError, device: str) -> tuple[NDArray[np.float64], str]:
+        """Logits [models, outputs], and what is damaged; no image is held when this returns."""
+        if isinstance(image, GigatomeError):
+            raise image
+        precision = self.card["precision"]
+        logits = [predict_images(model, [image], device=device, precision=precision)[0] for model, _ in self.members]
+        return np.stack(logits), image.damaged
+
+    def _advice(self, device: str) -> str:
+        side = self.members[0][1].images.image_size
+        return f"a slide of {side:,} × {side:,} px does not fit on {device}; use a device with more memory"
 
 
 def save_image_model(
@@ -162,6 +205,9 @@ def save_image_model(
     units: Units,
     runs: Sequence[FoldResult],
     result: EvaluationResult | SurvivalResult,
+    *,
+    precision: Literal["fp32", "bf16"],
+    slides: Literal["all", "first"],
 ) -> None:
     """Writes the card of the models of all folds, which are in the folder already.
 
@@ -171,6 +217,8 @@ def save_image_model(
         units: that were learnt from.
         runs: of each fold.
         result: what they scored.
+        precision: in which they were scored, and predict.
+        slides: of a patient, those that were used.
 
     Raises:
         StoreError: it cannot be written.
@@ -179,28 +227,37 @@ def save_image_model(
         {"model": model, "training_risk": percentiles(run.training_risk)}
         for model, run in zip(models, runs, strict=True)
     ]
-    card = outcome_card(units, result) | {"kind": _KIND, "head": result.head, "members": members}
+    card = outcome_card(units, result) | {
+        "kind": _KIND,
+        "head": result.head,
+        "precision": precision,
+        "slides": slides,
+        "members": members,
+    }
     write_atomic(Path(folder) / CARD, json.dumps(plain(card), indent=2, ensure_ascii=False) + "\n")
 
 
 def is_image_model(folder: str | Path) -> bool:
-    """Whether a folder is that of models that see whole slides."""
+    """Whether a folder is that of models that see whole slides, or of a fine-tuning that is to write them."""
     try:
         return json.loads((Path(folder) / CARD).read_text(encoding="utf-8")).get("kind") == _KIND
     except (OSError, ValueError, AttributeError):
-        return False
+        return is_finetuning(Path(folder))
 
 
 def load_image_model(folder: str | Path) -> ImageModel:
-    """Reads the models of all folds; raises :class:`StoreError` if they are missing or damaged."""
+    """Reads the models of all folds; raises :class:`StoreError` if they are missing, unfinished or damaged."""
     folder = Path(folder)
+    if not (folder / CARD).is_file() and is_finetuning(folder):
+        raise StoreError(
+            f"{folder}: this fine-tuning is not finished, and its folds predict together; {finishing(folder)} goes on "
+            "with it"
+        )
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         members = [folder / member["model"] for member in card["members"]]
+        if card["precision"] not in ("fp32", "bf16") or card["slides"] not in ("all", "first"):
+            raise ValueError(f"precision {card['precision']} and slides {card['slides']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{folder}: holds no fine-tuned models ({error}); gigatome train writes them") from error
     return ImageModel(folder, card, tuple(map(open_slide_vit, members)))
-
-
-def _damage(slide: CohortSlide, image: SlideImage) -> list[Failure]:
-    return [Failure(slide.name, "image", "damaged", image.damaged)] if image.damaged else []

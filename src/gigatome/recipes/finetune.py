@@ -22,6 +22,7 @@ from gigatome.distributed import SequenceGroup, rank, sequence_group
 from gigatome.encoders.device import usable_device
 from gigatome.encoders.dilated_parallel import Share
 from gigatome.encoders.folders import weights_digest
+from gigatome.encoders.longvit_zoo import BEST
 from gigatome.encoders.slide_vit import SlideVit, SlideVitCard, new_slide_vit, open_slide_vit, save_slide_vit
 from gigatome.evaluation.crossval import FoldResult, Setting, result_of
 from gigatome.evaluation.image_model import save_image_model, unit_logits
@@ -43,7 +44,6 @@ from gigatome.training.memory import explained_memory
 from gigatome.training.options import FitOptions
 
 _PREDICTIONS = "predictions.json"
-_BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ class _Run:
                 )
             self._options.of_epoch(len(split.train))
             self._task(k)
-        model = self._new(self._task(0).outputs)
-        return "" if recipe.weights is None else weights_digest("", model.backbone.state_dict())
+        model = self._new(self._task(0))
+        return "" if recipe.weights is None else weights_digest("", model.state_dict())
 
     def folder(self, k: int) -> Path:
         """Of a fold."""
@@ -251,7 +251,10 @@ class _Run:
         """Writes the report, and the card by which the folds' models predict new slides together."""
         write_study(study, self._out)
         models = [self._model(k).relative_to(self._out).as_posix() for k in range(len(self._splits))]
-        save_image_model(self._out, models, self._units, self.results(), study.arms[0].result)
+        save_image_model(
+            self._out, models, self._units, self.results(), study.arms[0].result,
+            precision=self._recipe.fit.precision, slides=self._recipe.outcome.slides,
+        )  # fmt: skip
 
     def _said(self, k: int) -> dict[str, Any]:
         return json.loads((self.folder(k) / _PREDICTIONS).read_text(encoding="utf-8"))
@@ -265,7 +268,7 @@ class _Run:
         order = Order(len(split.train), recipe.fit.batch_size, seed, group.sequence, group.sequences)
         options = self._options.of_epoch(len(split.train))
         options = replace(options, save_every=min(options.save_every, options.epoch_steps))
-        model = self._new(task.outputs)
+        model = self._new(task)
         method = EndToEnd(
             model, task.targets, task.criterion, lambda step: split.train[order(step)], self._card(task),
             share=self._share,
@@ -273,10 +276,9 @@ class _Run:
         validation = None
         if len(split.val):
             options = replace(options, evaluate_every=options.epoch_steps)
-            validation = _Validation(
-                self.folder(k), partial(self._logits, model, split.val), task, split.val, self._control,
-                partial(save_slide_vit, model, card=self._card(task)),
-            )  # fmt: skip
+            save = partial(save_slide_vit, model, card=self._card(task)) if recipe.outcome.select == "best" else None
+            logits = partial(self._logits, model, split.val)
+            validation = _Validation(self.folder(k), logits, task, split.val, self._control, save)
         stream = SlideImageStream(
             [self._slides[i] for i in split.train], order, recipe.images,
             seed=seed, rows=self._rows, threads=recipe.threads,
@@ -294,10 +296,10 @@ class _Run:
             return None
         return open_slide_vit(self._model(k))[0]
 
-    def _new(self, outputs: int) -> SlideVit:
+    def _new(self, task: Task) -> SlideVit:
         recipe = self._recipe
         return new_slide_vit(
-            recipe.encoder, outputs, recipe.weights,
+            recipe.encoder, task.outputs, recipe.weights, card=self._card(task),
             drop_path=recipe.drop_path, checkpointing=recipe.checkpointing, seed=recipe.fit.seed,
         )  # fmt: skip
 
@@ -306,7 +308,7 @@ class _Run:
 
     def _model(self, k: int) -> Path:
         """Folder of a fold's trained model."""
-        return self.folder(k) / (_BEST if self._recipe.outcome.select == "best" else "encoder")
+        return self.folder(k) / (BEST if self._recipe.outcome.select == "best" else "encoder")
 
     def _card(self, task: Task) -> SlideVitCard:
         recipe, outcome = self._recipe, self._units.outcome
@@ -333,7 +335,7 @@ class _Run:
 
 @final
 class _Validation:
-    """Loss of the validation part after each epoch, and the weights of the epoch where it was lowest."""
+    """Loss of the validation part after each epoch, and, with ``save``, the weights of that where it was lowest."""
 
     def __init__(
         self,
@@ -342,7 +344,7 @@ class _Validation:
         task: Task,
         val: NDArray[np.int64],
         control: Control,
-        save: Callable[[Path], None],
+        save: Callable[[Path], None] | None,
     ):
         self._folder, self._logits, self._criterion = folder, logits, task.criterion
         self._targets = task.targets[torch.from_numpy(val)]
@@ -352,9 +354,9 @@ class _Validation:
     def __call__(self, step: int) -> Mapping[str, Any]:
         """``val_loss`` after so many steps; called by :func:`fit`."""
         loss = float(self._criterion(torch.from_numpy(self._logits()), self._targets))
-        if loss < self._lowest:
+        if self._save is not None and loss < self._lowest:
             self._lowest = loss
-            self._control.on_first(partial(self._keep, step))
+            self._control.on_first(partial(self._keep, self._save, step))
         return {"val_loss": loss}
 
     def _known(self) -> float:
@@ -362,10 +364,10 @@ class _Validation:
             return float("inf")
         return float(json.loads(self._record.read_text(encoding="utf-8"))["val_loss"])
 
-    def _keep(self, step: int) -> None:
-        temporary, best = self._folder / f".tmp-{_BEST}", self._folder / _BEST
+    def _keep(self, save: Callable[[Path], None], step: int) -> None:
+        temporary, best = self._folder / f".tmp-{BEST}", self._folder / BEST
         shutil.rmtree(temporary, ignore_errors=True)
-        self._save(temporary)
+        save(temporary)
         shutil.rmtree(best, ignore_errors=True)
         temporary.rename(best)
         write_atomic(self._record, json.dumps({"step": step, "val_loss": self._lowest}))

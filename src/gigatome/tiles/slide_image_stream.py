@@ -4,10 +4,11 @@ Batch k is a function of slides, order, options, seed and k alone. What an image
 rows are read, so processes that share a slide see parts of one image.
 """
 
+import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,7 +18,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from gigatome.core.errors import ConfigError, DamagedSlideError
+from gigatome.core.errors import ConfigError, DamagedSlideError, GigatomeError
 from gigatome.core.logs import Failure, log
 from gigatome.core.seeding import generator
 from gigatome.slides.cohort import CohortSlide
@@ -272,8 +273,13 @@ class SlideImageStream:
         with self._lock:
             if any(failure.slide == name for failure in self.failures):
                 return
-            self.failures.append(Failure(name, "images", DamagedSlideError.__name__, damaged))
+            self.failures.append(damage(name, damaged))
         _warn(name, damaged)
+
+
+def damage(slide: str, message: str) -> Failure:
+    """What to list of a slide, by name, of which parts are damaged; ``message`` is that of its image."""
+    return Failure(slide, "images", DamagedSlideError.__name__, message)
 
 
 def slide_images(
@@ -292,6 +298,18 @@ def slide_images(
     Raises:
         GigatomeError: a slide cannot be opened or read; it names the slide.
     """
+    with contextlib.closing(images_or_errors(slides, options, rows=rows, threads=threads)) as found:
+        for image in found:
+            if isinstance(image, GigatomeError):
+                raise image
+            yield image
+            del image  # its memory, before the next is waited for
+
+
+def images_or_errors(
+    slides: Sequence[CohortSlide], options: SlideImageOptions, *, rows: range | None = None, threads: int = 4
+) -> Generator[SlideImage | GigatomeError, None, None]:
+    """As :func:`slide_images`, but in place of an image that cannot be had comes its error, and then the next image."""
     rows = range(options.image_size) if rows is None else rows
     readers = _Readers(slides, options, threads)
     pending: deque[tuple[str, NDArray[np.uint8], Future[str]]] = deque()
@@ -306,14 +324,16 @@ def slide_images(
         begin()
         while pending:
             name, pixels, read = pending.popleft()
-            damaged = read.result()
+            try:
+                found = SlideImage(pixels, read.result())
+            except GigatomeError as error:
+                found = error
             begin()
-            if damaged:
-                _warn(name, damaged)
-            image = SlideImage(pixels, damaged)
-            del pixels
-            yield image
-            del image
+            if isinstance(found, SlideImage) and found.damaged:
+                _warn(name, found.damaged)
+            del pixels, read
+            yield found
+            del found
     finally:
         readers.close()
 
