@@ -8,8 +8,11 @@ from setuptools import Extension, setup
 FLOATS = ["-ffp-contract=off", "-fno-trapping-math"]
 FLAGS = ["-O3", "-std=gnu11", "-fwrapv", *FLOATS, "-fvisibility=hidden", "-Wno-psabi"]
 
-SOURCES = ("decode", "module", "module_views", "output", "resample", "tables", "views")
-HEADERS = ("digest", "jpeg", "lanes", "module_views", "output", "resample", "transform", "views")
+SOURCES = ("attention", "decode", "module", "module_attention", "module_views", "output", "resample", "tables", "views")
+HEADERS = (
+    "attention", "digest", "jpeg", "lanes", "module_attention", "module_views", "output", "resample", "transform",
+    "views",
+)  # fmt: skip
 
 # The stable interface of CPython, which free-threaded builds do not have.
 STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -21,7 +24,7 @@ setup(
             sources=[f"src/native/{name}.c" for name in SOURCES],
             depends=[f"src/native/{name}.h" for name in HEADERS],
             extra_compile_args=FLAGS,
-            libraries=["m"],
+            libraries=["m", "pthread"],
             py_limited_api=STABLE,
             optional=True,
         )

@@ -3,7 +3,7 @@
 Attention of LongViT-S, 16 heads of 24, with the authors' segments for an image of so many patches, in the precision of
 the device's fast kernels. Memory is what is added at the peak to the inputs, a cotangent among them.
 
-*torchscale's way* is its algorithm written here in ordinary PyTorch, on the same kernels: the sequence padded and
+*torchscale's way* is its algorithm written here in ordinary PyTorch, on PyTorch's kernels: the sequence padded and
 folded, each branch's outputs scattered into a dense tensor, all branches stacked and merged. *compat* has its gradient,
 which holds the branches' weights for constants. All in turn in each round, medians.
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.output import add_write, listed, row, write_result
 from gigatome.encoders.dilated import DilatedOptions, dilated_attention
-from gigatome.encoders.dilated_kernels import kernel_for
+from gigatome.encoders.dilated_kernels import pytorch_kernel_for
 from gigatome.encoders.longnet import Checkpointing
 from gigatome.encoders.longvit import LongVit, LongVitConfig, segments_for
 from gigatome.tiles.bench_result import machine
@@ -68,7 +68,7 @@ def torchscale_attention(q: Tensor, k: Tensor, v: Tensor, options: DilatedOption
     outs, lses = [], []
     for segment, ratio in zip(options.segments, options.ratios, strict=True):
         folded = [_fold(x, segment, ratio) for x in (q, k, v)]
-        out, lse = kernel_for(q).forward(*folded)
+        out, lse = pytorch_kernel_for(q).forward(*folded)
         outs.append(_scatter(out, q, segment, ratio, 0.0))
         lses.append(_scatter(lse.detach()[..., None], q, segment, ratio, -1e8))
     with torch.no_grad():
@@ -204,7 +204,7 @@ def markdown(results: dict[str, Any], command: str, conditions: dict[str, Any]) 
         f"`{command}`, {datetime.date.today():%Y-%m-%d}. {listed(conditions)}.",
         "",
         f"{HEADS} heads of {DIM}, one sequence. Medians of interleaved rounds; memory added at the peak. ×: how many "
-        f"times as long *{PLAIN}* takes, its algorithm on the same kernels, see `benchmarks/bench_longnet.py`.",
+        f"times as long *{PLAIN}* takes, its algorithm on PyTorch's kernels, see `benchmarks/bench_longnet.py`.",
         "",
         "| tokens | | seconds | MiB | × |",
         "|---|---|---|---|---|",

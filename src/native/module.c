@@ -1,11 +1,13 @@
 /* gigatome._native: tiles cut out of the JPEG chunks of a level, and resampled, without the GIL; digests of bytes;
- * views of tiles. */
+ * views of tiles; attention. */
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "attention.h"
 #include "digest.h"
 #include "jpeg.h"
+#include "module_attention.h"
 #include "module_views.h"
 #include "resample.h"
 
@@ -512,6 +514,8 @@ static PyObject *digests(PyObject *module, PyObject *parts) {
 }
 
 static PyMethodDef methods[] = {
+    {"add_gradients", attend_gradients, METH_VARARGS, add_gradients_doc},
+    {"attend", attend_to, METH_VARARGS, attend_doc},
     {"crop_views", crop_views, METH_VARARGS, crop_views_doc},
     {"digests", digests, METH_O, digests_doc},
     {"read_tiles", read_tiles, METH_VARARGS, read_tiles_doc},
@@ -540,6 +544,7 @@ static int module_exec(PyObject *module) {
     if (!type) return -1;
     *(PyObject **)PyModule_GetState(module) = type;
     Py_INCREF(type);
+    if (PyModule_AddIntConstant(module, "ATTENTION_LANES", attention_lanes())) return -1;
     return PyModule_AddObjectRef(module, "Tables", type);
 }
 
@@ -548,7 +553,7 @@ static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}}
 static PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gigatome._native",
-    .m_doc = "Tiles cut out of JPEG chunks, and resampled, and views of them, without the GIL.",
+    .m_doc = "Tiles cut out of JPEG chunks, and resampled, views of them, and attention, without the GIL.",
     .m_size = sizeof(PyObject *),
     .m_methods = methods,
     .m_slots = module_slots,

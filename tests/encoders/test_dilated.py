@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from gigatome.core.errors import ConfigError
 from gigatome.encoders import dilated
 from gigatome.encoders.dilated import DilatedAttention, DilatedOptions, dilated_attention
-from gigatome.encoders.dilated_kernels import CPU_FLASH, CUDA_EFFICIENT, CUDA_FLASH, PRODUCTS, kernel_for
+from gigatome.encoders.dilated_kernels import (
+    CPU_FLASH,
+    CUDA_EFFICIENT,
+    CUDA_FLASH,
+    PRODUCTS,
+    kernel_for,
+    pytorch_kernel_for,
+)
 
 MIXED = DilatedOptions((4, 8, 16), (1, 2, 4), heads=6)
 NEVER = -1e9  # a score whose weight is 0 and whose gradient is no NaN
@@ -167,8 +174,10 @@ def test_products_take_the_place_of_a_missing_kernel(monkeypatch, scores):
 
 
 def test_kernels():
+    assert pytorch_kernel_for(torch.zeros(1)) is CPU_FLASH
     assert kernel_for(torch.zeros(1)) is CPU_FLASH
-    assert kernel_for(torch.zeros(1, device="meta")) is PRODUCTS
+    assert kernel_for(torch.zeros(24, dtype=torch.float64)) is CPU_FLASH
+    assert kernel_for(torch.zeros(24, device="meta")) is PRODUCTS
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), [(CUDA_FLASH, torch.bfloat16), (CUDA_EFFICIENT, torch.float32)])

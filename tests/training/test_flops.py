@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from gigatome.encoders.dilated import DilatedOptions, dilated_attention
 from gigatome.training.flops import FlopCounter, measured_flops, peak_tflops, speed
 
 
@@ -30,6 +31,13 @@ def test_attention_is_counted():
     with counter.counting([q]):
         nn.functional.scaled_dot_product_attention(q, q, q)
     assert counter.of([q]) == 2 * (2 * 2 * 16 * 16 * 8)
+
+
+def test_dilated_attention_is_counted():
+    q, counter = torch.rand(1, 64, 2, 8, requires_grad=True), FlopCounter({})
+    with counter.counting([q]):
+        dilated_attention(q, q, q, DilatedOptions((16,), (1,), 2)).sum().backward()
+    assert counter.of([q]) == (2 + 5) * (2 * 2 * 64 * 16 * 8)  # products forward, and backward
 
 
 def test_speed_of_a_line():

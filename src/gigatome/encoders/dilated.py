@@ -181,9 +181,9 @@ class Part:
             x_BNHd.storage_offset() + (self.start + self.offset) * n + self.head * h,
         )
 
-    def take(self, x_BNHd: Tensor) -> Tensor:
-        """The same as a batch [B × segments, groups × members, tokens, d]; copied only where it must be."""
-        return self.view(x_BNHd).flatten(2, 3).flatten(0, 1)
+    def batch(self, view: Tensor) -> Tensor:
+        """[B × segments, groups × members, tokens, d] of the shape of :meth:`view`; copied only where it must be."""
+        return view.flatten(2, 3).flatten(0, 1)
 
     def shaped(self, batch: Tensor) -> Tensor:
         """A batch in the shape of :meth:`view`."""
@@ -280,7 +280,7 @@ class _Dilated(torch.autograd.Function):
         out, lse = nothing_seen(q)
         with as_they_are(q.device.type):
             for part in whole_parts(options, q.shape[1], range(q.shape[1])):
-                attend(part, q, part.take(k), part.take(v), out, lse, options)
+                attend(part, q, part.view(k), part.view(v), out, lse, options)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = options
@@ -291,12 +291,11 @@ class _Dilated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse = ctx.saved_tensors
         grad = grads[0].contiguous()
-        totals = [torch.zeros(q.shape, dtype=lse.dtype, device=q.device) for _ in range(3)]
+        totals = [lse.new_zeros(q.shape) for _ in range(3)]
         with as_they_are(q.device.type):
             for part in whole_parts(ctx.options, q.shape[1], range(q.shape[1])):
-                found = gradients(part, grad, q, part.take(k), part.take(v), out, lse, ctx.options)
-                for total, gradient in zip(totals, found, strict=True):
-                    part.view(total).add_(part.shaped(gradient))
+                own = Gradients(*map(part.view, totals))
+                add_gradients(part, grad, q, part.view(k), part.view(v), out, lse, ctx.options, own)
         return *(total.to(q.dtype) for total in totals), None
 
 
@@ -315,38 +314,50 @@ def attend(
     Args:
         part: whose queries.
         q: all queries at hand [B, N, heads, d].
-        keys: that they see, a batch as of :meth:`Part.take`.
+        keys: that they see, [B, segments, groups, members, n, d].
         values: likewise.
         out: so far, as of :func:`nothing_seen`; changed.
         lse: likewise.
         options: what attends to what.
     """
-    own, own_lse = kernel_for(q).forward(part.take(q), keys, values)
-    own, own_lse, so_far = part.shaped(own).to(out.dtype), part.shaped(own_lse)[..., None], part.view(lse)
-    padded = _with_padding(own_lse, part, options)
-    if padded is not own_lse:
-        own = own * (own_lse - padded).exp_()
-    part.view(out).lerp_(own, (padded - so_far).sigmoid_())
-    so_far.copy_(torch.logaddexp(so_far, padded))
+    kernel, padded = kernel_for(q), _padded(part, options)
+    own_q, out, lse = map(part.view, (q, out, lse))
+    if kernel.in_place is not None:
+        kernel.in_place.attend(own_q, keys, values, out, lse, padded)
+        return
+    own, own_lse = kernel.forward(*map(part.batch, (own_q, keys, values)))
+    own, own_lse = part.shaped(own).to(out.dtype), part.shaped(own_lse)[..., None]
+    if padded:
+        alone, own_lse = own_lse, _with_padding(own_lse, padded)
+        own = own * (alone - own_lse).exp_()
+    out.lerp_(own, (own_lse - lse).sigmoid_())
+    lse.copy_(torch.logaddexp(lse, own_lse))
 
 
-def gradients(
-    part: Part, grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, options: DilatedOptions
-) -> Gradients:
-    """What a part adds to the gradients of its queries and of the keys and values they see, as batches.
+def add_gradients(
+    part: Part, grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor,
+    options: DilatedOptions, totals: Gradients,
+) -> None:  # fmt: skip
+    """Adds a part's share of the gradients of its queries, and of the keys and values they see, to ``totals``.
 
     Arguments are those of :func:`attend`, with the output and its gradient [B, N, heads, d] and the log-sum-exp
-    [B, N, heads, 1] of all parts together.
+    [B, N, heads, 1] of all parts together. ``totals`` is shaped as :meth:`Part.view` and the keys and values.
     """
-    kernel, own_q = kernel_for(q), part.take(q)
-    own_grad, own, own_lse = part.take(grad), part.take(out), part.take(lse)
+    kernel, own_lse = kernel_for(q), part.view(lse)
+    own_grad, own_q, own = map(part.view, (grad, q, out))
+    if kernel.in_place is not None and options.merge == "gradient":
+        kernel.in_place.add_gradients(own_grad, own_q, keys, values, own, own_lse, *totals)
+        return
+    own_grad, own_q, keys, values, own, own_lse = map(part.batch, (own_grad, own_q, keys, values, own, own_lse))
     if options.merge == "detached":
         own, alone = kernel.forward(own_q, keys, values)
-        padded = _with_padding(alone[..., None], part, options)
+        padded = _with_padding(alone[..., None], _padded(part, options))
         own_grad = (own_grad * (padded - own_lse).exp_()).to(q.dtype)
         own = (own * (alone[..., None] - padded).exp_()).to(q.dtype)
         own_lse = padded
-    return kernel.backward(own_grad, own_q, keys, values, own, own_lse.squeeze(-1))
+    found = kernel.backward(own_grad, own_q, keys, values, own, own_lse.squeeze(-1))
+    for total, gradient in zip(totals, found, strict=True):
+        total.add_(part.shaped(gradient))
 
 
 def as_they_are(device: str) -> AbstractContextManager[Any]:
@@ -354,8 +365,11 @@ def as_they_are(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _with_padding(lse: Tensor, part: Part, options: DilatedOptions) -> Tensor:
-    """Log-sum-exp with the scores of 0 that keys beyond the end have, if they are not masked."""
-    if options.padding == "masked" or not part.padded:
-        return lse
-    return torch.logaddexp(lse, lse.new_tensor(log(part.padded)))
+def _padded(part: Part, options: DilatedOptions) -> int:
+    """How many keys and values of 0 a query of the part sees."""
+    return 0 if options.padding == "masked" else part.padded
+
+
+def _with_padding(lse: Tensor, padded: int) -> Tensor:
+    """Log-sum-exp with so many further scores of 0."""
+    return torch.logaddexp(lse, lse.new_tensor(log(padded))) if padded else lse

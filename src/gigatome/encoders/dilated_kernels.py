@@ -1,21 +1,27 @@
-"""Softmax attention that also gives the log-sum-exp, by the fastest of PyTorch's kernels that takes the tensors.
+"""Softmax attention that also gives the log-sum-exp, by the fastest kernel that takes the tensors.
 
 Kernels need no mask and keep no scores: a caller that knows the log-sum-exp of a row over more keys than it passes
 gets the gradient of the attention over all of them, a part at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from math import prod
+from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that PyTorch users know
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gigatome.core.native import NATIVE
 
 _FLASH_TYPES = (torch.float16, torch.bfloat16)
 _FLASH_DIM = 256
 _SCORES = 2**20  # that products hold at once
 _LSE_ALIGNMENT = 32  # rows that CUDA's memory-efficient kernel reads at once
+_NATIVE_STEP, _NATIVE_DIM = 8, 48  # longer heads are PyTorch's matter, whose products of matrices are as fast
 
 
 class Gradients(NamedTuple):
@@ -28,6 +34,22 @@ class Gradients(NamedTuple):
 
 @final
 @dataclass(frozen=True)
+class InPlace:
+    """Attention of q [places, n, d] to k and v [places, m, d], with four dimensions of places and any strides.
+
+    Attributes:
+        attend: of q, k, v, the output [places, n, d] and the log-sum-exp [places, n, 1] of other keys, and how many
+            further keys and values are 0: changes output and log-sum-exp to those of all.
+        add_gradients: of the output's gradient, q, k, v, the output, the log-sum-exp, and three tensors that the
+            gradients of q, k and v are added to. Output and log-sum-exp may be those of more keys than k.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
+    add_gradients: Callable[..., None]
+
+
+@final
+@dataclass(frozen=True)
 class Kernel:
     """Attention of q [b, h, n, d] to k and v [b, h, m, d], with scores times d^-0.5, and its gradient.
 
@@ -36,14 +58,23 @@ class Kernel:
             or float64.
         backward: of the output's gradient, q, k, v, the output and the log-sum-exp. Weights are exp(score - lse), so
             output and log-sum-exp may be those of more keys than k.
+        in_place: the same without copies, where a kernel can.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]
+    in_place: InPlace | None = None
 
 
 def kernel_for(q: Tensor) -> Kernel:
     """The kernel for tensors like this one, [..., d]."""
+    dim = q.shape[-1]
+    fits = q.device.type == "cpu" and q.dtype == torch.float32 and dim <= _NATIVE_DIM and dim % _NATIVE_STEP == 0
+    return CPU_NATIVE if fits and getattr(NATIVE, "ATTENTION_LANES", 0) else pytorch_kernel_for(q)
+
+
+def pytorch_kernel_for(q: Tensor) -> Kernel:
+    """Likewise, of PyTorch's own."""
     dim, device = q.shape[-1], q.device
     if device.type == "cpu" and q.dtype in (torch.float32, torch.float64, *_FLASH_TYPES):
         return CPU_FLASH
@@ -57,6 +88,54 @@ def kernel_for(q: Tensor) -> Kernel:
         if q.dtype == torch.float32 and dim % 4 == 0:
             return CUDA_EFFICIENT
     return PRODUCTS
+
+
+@torch.library.custom_op("gigatome::attend", mutates_args=("out", "lse"), device_types="cpu")
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, padded: int) -> None:
+    NATIVE.attend(*map(_array, (q, k, v)), out.numpy(), lse.numpy(), padded, torch.get_num_threads())
+
+
+@torch.library.custom_op("gigatome::add_gradients", mutates_args=("dq", "dk", "dv"), device_types="cpu")
+def _add_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    given = map(_array, (grad, q, k, v, out, lse))
+    NATIVE.add_gradients(*given, dq.numpy(), dk.numpy(), dv.numpy(), torch.get_num_threads())
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """With the numbers of each row side by side."""
+    x = x.detach()
+    return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).numpy()
+
+
+@register_flop_formula(torch.ops.gigatome.attend)
+def _attend_flops(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the two products, as PyTorch counts them."""
+    return 2 * 2 * prod(q) * k[-2]
+
+
+@register_flop_formula(torch.ops.gigatome.add_gradients)
+def _gradient_flops(_grad: Sequence[int], q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of five."""
+    return 5 * 2 * prod(q) * k[-2]
+
+
+def _native(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = torch.zeros(q.shape), torch.full((*q.shape[:3], 1), float("-inf"))
+    _attend(*map(_placed, (q, k, v, out, lse)), 0)
+    return out, lse.squeeze(-1)
+
+
+def _native_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    found = Gradients(*(torch.zeros(x.shape) for x in (q, k, v)))
+    _add_gradients(*map(_placed, (grad, q, k, v, out, lse[..., None], *found)))
+    return found
+
+
+def _placed(batch: Tensor) -> Tensor:
+    """[b, h, n, d] with four dimensions of places."""
+    return batch[:, None, None]
 
 
 def _cpu_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +217,9 @@ def _no_seed(q: Tensor) -> Tensor:
     """What stands for the seed of dropout where there is none."""
     return torch.empty(0, dtype=torch.int64, device=q.device)
 
+
+CPU_NATIVE = Kernel(_native, _native_gradients, InPlace(_attend, _add_gradients))
+"""Our own, for float32 on processors with AVX-512, where the C extension is built."""
 
 CPU_FLASH = Kernel(_cpu_flash, _cpu_flash_gradients)
 """PyTorch's blockwise kernel for processors."""

@@ -23,14 +23,15 @@ from gigatome.distributed import Exchange, SequenceGroup
 from gigatome.encoders.dilated import (
     DilatedOptions,
     Part,
+    add_gradients,
     as_they_are,
     attend,
     cut_parts,
     dilated_attention,
-    gradients,
     nothing_seen,
     whole_parts,
 )
+from gigatome.encoders.dilated_kernels import Gradients
 
 
 @final
@@ -161,7 +162,7 @@ class _Branch:
         self._segments, self._group, self._like = segments, group, k
         self._shared = {number: segment for segment in segments for number in segment.holders if number != group.rank}
         self._own = [
-            _flat([x for part in segment.parts for x in (part.take(k), part.take(v))], k) for segment in segments
+            _flat([x for part in segment.parts for x in (part.view(k), part.view(v))], k) for segment in segments
         ]
         self._back: dict[int, list[Tensor]] = {number: [] for number in range(group.size)}
         sent = [k.new_empty(0)] * group.size
@@ -177,16 +178,16 @@ class _Branch:
             flats = [own if number == self._group.rank else received[number] for number in segment.holders]
             pieces = map(self._unpacked, flats, repeat(segment), segment.holders)
             for part, *pairs in zip(segment.parts, *pieces, strict=True):
-                keys, values = (torch.cat(tensors, 2) for tensors in zip(*pairs, strict=True))
+                keys, values = (torch.cat(tensors, -2) for tensors in zip(*pairs, strict=True))
                 yield segment.holders, part, keys, values
 
     def give(self, holders: range, part: Part, gradient: Tensor, total: Tensor) -> None:
         """Adds a part's gradient of keys, and then of values, to the ``total`` of one's own, and keeps the others'."""
-        for number, piece in zip(holders, gradient.split(part.seen, 2), strict=True):
+        for number, piece in zip(holders, gradient.split(part.seen, -2), strict=True):
             if number != self._group.rank:
                 self._back[number].append(piece.to(self._like.dtype))
             elif part.tokens:
-                part.view(total).add_(part.shaped(piece))
+                part.view(total).add_(piece)
 
     def send_back(self) -> None:
         """Sends the gradients that others are due, after the last part."""
@@ -202,7 +203,7 @@ class _Branch:
             for part, pair in zip(segment.parts, pieces, strict=True):
                 for total, piece in zip((dk, dv), pair, strict=True):
                     if part.tokens:
-                        part.view(total).add_(part.shaped(piece))
+                        part.view(total).add_(piece)
 
     def _numbers(self, number: int, holder: int) -> int:
         """Of a holder's piece of the segment shared with a process."""
@@ -217,10 +218,10 @@ class _Branch:
         flats = flat.split([prod(shape) for shape in shapes for _ in range(2)])
         return [(k.view(shape), v.view(shape)) for shape, k, v in zip(shapes, flats[::2], flats[1::2], strict=True)]
 
-    def _shape(self, part: Part, segment: CutSegment, holder: int) -> tuple[int, int, int, int]:
-        """Of a holder's keys in a part, as a batch."""
+    def _shape(self, part: Part, segment: CutSegment, holder: int) -> tuple[int, ...]:
+        """Of a holder's keys in a part, as of :meth:`Part.view`."""
         seen = part.seen[holder - segment.holders.start]
-        return len(self._like), part.groups * part.members, seen, self._like.shape[3]
+        return len(self._like), part.segments, part.groups, part.members, seen, self._like.shape[3]
 
 
 def _flat(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ class _Shared(torch.autograd.Function):
         with as_they_are(q.device.type):
             branches = _branches(k, v, options, share)
             for part in whole_parts(options, share.tokens, share.own):
-                attend(part, q, part.take(k), part.take(v), out, lse, options)
+                attend(part, q, part.view(k), part.view(v), out, lse, options)
             for branch in branches:
                 for _holders, part, keys, values in branch.fetched():
                     if part.tokens:
@@ -253,20 +254,18 @@ class _Shared(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         options: DilatedOptions = ctx.options
         grad = grads[0].contiguous()
-        dq, dk, dv = (torch.zeros(q.shape, dtype=lse.dtype, device=q.device) for _ in range(3))
+        dq, dk, dv = (lse.new_zeros(q.shape) for _ in range(3))
         with as_they_are(q.device.type):
             branches = _branches(k, v, options, ctx.share)
             for part in whole_parts(options, ctx.share.tokens, ctx.share.own):
-                found = gradients(part, grad, q, part.take(k), part.take(v), out, lse, options)
-                for total, gradient in zip((dq, dk, dv), found, strict=True):
-                    part.view(total).add_(part.shaped(gradient))
+                own = Gradients(*map(part.view, (dq, dk, dv)))
+                add_gradients(part, grad, q, part.view(k), part.view(v), out, lse, options, own)
             for branch in branches:
                 for holders, part, keys, values in branch.fetched():
+                    own_dk, own_dv = (lse.new_zeros(keys.shape) for _ in range(2))
                     if part.tokens:
-                        own_dq, own_dk, own_dv = gradients(part, grad, q, keys, values, out, lse, options)
-                        part.view(dq).add_(part.shaped(own_dq))
-                    else:
-                        own_dk, own_dv = torch.zeros_like(keys), torch.zeros_like(values)
+                        own = Gradients(part.view(dq), own_dk, own_dv)
+                        add_gradients(part, grad, q, keys, values, out, lse, options, own)
                     branch.give(holders, part, own_dk, dk)
                     branch.give(holders, part, own_dv, dv)
                 branch.send_back()
