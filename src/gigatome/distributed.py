@@ -9,7 +9,9 @@ all processes, which data-parallel training takes anyway, is therefore the gradi
 
 import contextlib
 import json
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, final
@@ -23,7 +25,7 @@ from gigatome.core.errors import ConfigError, RunError
 _TIMEOUT = timedelta(minutes=10)  # in which one process of a sequence waits for another before it gives the run up
 _LOOK = timedelta(seconds=1)  # after which a process that waits looks whether another has failed
 _ROLL_CALL = timedelta(seconds=5)  # in which processes say that they are still there after a failure
-_FAILED = "failed"  # tells all processes that something has, and names those that were together in it
+_FAILED = "failed"  # tells all processes that something has, and names those that were to be together in it
 
 
 def rank() -> int:
@@ -79,17 +81,47 @@ def finish(work: dist.Work | None, result: Tensor, processes: dist.ProcessGroup 
         processes: that take part; None for all.
 
     Raises:
-        RunError: one of them is gone; the message names it.
+        RunError: one of them is gone, or has not come in time; the message names it.
     """
     assert work is not None  # noqa: S101 - as it was asked for
-    try:
+    with naming_the_lost(processes):
         if result.is_cuda:  # PyTorch's watchdog looks after it
             work.wait()
         else:
             while not _completed(work):
                 pass
+
+
+@contextlib.contextmanager
+def naming_the_lost(processes: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Around what several processes do together, and nothing else.
+
+    Args:
+        processes: that take part; None for all.
+
+    Raises:
+        RunError: one of them is gone, or has not come in time; the message names it.
+    """
+    since = time.monotonic()
+    try:
+        yield
     except RuntimeError as error:
-        raise RunError(f"{_missing(processes)}; the run stops, and its last checkpoint stands") from error
+        waited = time.monotonic() - since
+        lost = _lost(processes, waited, timed_out="timed out" in str(error).lower())
+        raise RunError(f"{lost}; the run stops, and its last checkpoint stands") from error
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """During the block a thread tells processes that look for a lost one that this one lives, however busy it is."""
+    over = threading.Event()
+    thread = threading.Thread(target=_say_alive, args=(_store().clone(), over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(_ROLL_CALL.total_seconds())
 
 
 class _Gather(torch.autograd.Function):
@@ -212,23 +244,46 @@ def _completed(work: dist.Work) -> bool:
         return False
 
 
-def _missing(processes: dist.ProcessGroup | None) -> str:
-    """Which processes do not say that they are there, as the others do when one has failed.
+def _lost(processes: dist.ProcessGroup | None, waited: float, *, timed_out: bool) -> str:
+    """Which processes are gone, or were waited for in vain, now that this one has waited for so many seconds.
 
-    Only those are asked for that were together in what failed first; others may be long at work on something else.
+    Only those are asked for that were to be together in what failed first. One that is long at work on something else
+    has a thread to answer for it, by :func:`answering`.
     """
     try:
         store, members = _store(), dist.get_process_group_ranks(processes)
-        suspects = json.loads(store.compare_set(_FAILED, "", json.dumps(members)))
-        store.set(f"there/{rank()}", "")
+        mine = {"members": members, "limit": waited if timed_out else None}
+        failure = json.loads(store.compare_set(_FAILED, "", json.dumps(mine)))
+        suspects: list[int] = failure["members"]
+        store.set(f"there/{rank()}", str(waited))
         with contextlib.suppress(RuntimeError):  # as not all of them come
             store.wait([f"there/{member}" for member in suspects], _ROLL_CALL)
-        missing = [str(member) for member in suspects if not store.check([f"there/{member}"])]
+        waits = {member: float(store.get(f"there/{member}")) for member in suspects if store.check([f"there/{member}"])}
+        gone = [member for member in suspects if member not in waits and not store.check([f"alive/{member}"])]
     except RuntimeError:
         return "process 0 or the launcher, through which the others find each other, does not answer any more"
-    if not missing:
-        return f"processes {', '.join(map(str, suspects))} lost each other, though all are there"
-    return f"process {', '.join(missing)} of {world_size()} does not answer any more"
+    if gone:
+        return f"process {_listed(gone)} of {world_size()} does not answer any more"
+    if failure["limit"] is None:
+        return f"processes {_listed(suspects)} lost their connection, though all are there"
+    late = [member for member in suspects if waits.get(member, 0.0) < failure["limit"] / 2]
+    return f"process {_listed(late or suspects)} of {world_size()} did not answer for {_spelt(failure['limit'])}"
+
+
+def _say_alive(store: dist.Store, over: threading.Event) -> None:  # pyright: ignore[reportPrivateImportUsage]
+    with contextlib.suppress(RuntimeError):  # the store is gone, and with it the run
+        while not over.wait(_ROLL_CALL.total_seconds() / 4):
+            if store.check([_FAILED]):
+                store.set(f"alive/{rank()}", "")
+                return
+
+
+def _listed(processes: Sequence[int]) -> str:
+    return ", ".join(map(str, processes))
+
+
+def _spelt(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def _store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from gigatome.cli.main import app
 from gigatome.core.errors import ConfigError, RunError, StoreError
 from gigatome.encoders.longvit_zoo import open_longvit
+from gigatome.evaluation import image_model
 from gigatome.evaluation.image_model import load_image_model
 from gigatome.mil.end_to_end import EndToEnd
 from gigatome.recipes.finetune import finetune
@@ -231,6 +234,31 @@ def test_a_fold_that_is_killed_goes_on_from_its_last_epoch(cohort, tmp_path, mon
     finetune(recipe, cohort, tmp_path / "whole", folds=[0])
     one, two = ((tmp_path / of / "fold_0/predictions.json").read_bytes() for of in ("killed", "whole"))
     assert one == two
+
+
+@pytest.mark.parametrize("where", ["validation", "test part"])
+def test_a_signal_while_slides_are_predicted_stops_the_run_and_loses_nothing(where, cohort, tmp_path, monkeypatch):
+    changes = [*CLASSES, "outcome.splits={kind: monte_carlo, folds: 1, val_fraction: 0.25, test_fraction: 0.25}"]
+    recipe = load_finetune("longvit/table1_brca", changes)
+    whole = finetune(recipe, cohort, tmp_path / "whole")
+    logits, calls = image_model.predict_images, []
+
+    def stopped(model, images, **options):
+        calls.append(model.training)
+        if len(calls) == (1 if where == "validation" else 3):  # two epochs are validated, then the test part
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logits(model, images, **options)
+
+    monkeypatch.setattr(image_model, "predict_images", stopped)
+    first = finetune(recipe, cohort, tmp_path / "stopped")
+    assert (first.preempted, first.done, first.study) == (True, (), None)
+    again = finetune(recipe, cohort, tmp_path / "stopped", resume=True)
+    assert again.study is not None
+    assert whole.study is not None
+    one, two = (study.arms[0].result.predictions.probabilities for study in (whole.study, again.study))
+    assert np.array_equal(one, two)
+    lines = [[line.get("val_loss") for line in _metrics(tmp_path / of / "fold_0")] for of in ("whole", "stopped")]
+    assert lines[0] == lines[1]
 
 
 def test_a_slide_that_cannot_be_opened_is_left_out_and_named(cohort, tmp_path):

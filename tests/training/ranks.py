@@ -257,7 +257,6 @@ def other_methods(out: Path) -> Any:
 def same_as_one(out: Path) -> Any:
     """Largest differences of weights between one process and two, for each optimiser."""
     parallel._BUCKET = 100  # bytes: several buckets
-    told = {}
     for optimizer in ("adamw", "lars"):
         options = replace(FIT, optimizer=optimizer, lr=0.5, weight_decay=0.1, clip=0.5, clipping="global")
         runs = {
@@ -265,11 +264,17 @@ def same_as_one(out: Path) -> Any:
             "ddp": (2, replace(options, grad_accumulation=2)),
             "fsdp": (2, replace(options, parallel="fsdp", grad_accumulation=2)),
         }
-        found = {}
         for name, (processes, chosen) in runs.items():
             together(run(out / optimizer / name, chosen, Regression), processes)
-            last = latest_checkpoint(out / optimizer / name / "checkpoints")
-            found[name] = last.tensors("model"), last.tensors("optimizer")
+    return together(partial(differences, out), 1)[0]  # in a child: what is forked after tensors were used may abort
+
+
+def differences(out: Path) -> Any:
+    """Between the runs of each optimiser."""
+    told = {}
+    for optimizer in ("adamw", "lars"):
+        last = {name: latest_checkpoint(out / optimizer / name / "checkpoints") for name in ("one", "ddp", "fsdp")}
+        found = {name: (it.tensors("model"), it.tensors("optimizer")) for name, it in last.items()}
         begin = Regression().state_dict()
         told[optimizer] = {
             "moved": min(

@@ -49,6 +49,7 @@ def unit_logits(
     share: Share | None = None,
     rows: range | None = None,
     threads: int = 8,
+    progress: Progress = silent,
 ) -> tuple[NDArray[np.float64], list[Failure]]:
     """What a model says of units: the mean logits of their slides.
 
@@ -61,6 +62,7 @@ def unit_logits(
         share: how several processes share each slide, and
         rows: which rows of pixels this one then reads.
         threads: that read a slide.
+        progress: called before each slide, and after the last.
 
     Returns:
         float64 [units, outputs], and slides of which parts could not be read and were taken for white.
@@ -68,10 +70,13 @@ def unit_logits(
     every, failures = [slide for members in slides for slide in members], []
 
     def pixels() -> Iterator[NDArray[np.uint8]]:
-        for slide, image in zip(every, slide_images(every, options, rows=rows, threads=threads), strict=True):
+        images = slide_images(every, options, rows=rows, threads=threads)
+        for done, (slide, image) in enumerate(zip(every, images, strict=True)):
+            progress("predict", done, len(every))
             if image.damaged:
                 failures.append(damage(slide.name, image.damaged))
             yield image.pixels
+        progress("predict", len(every), len(every))
 
     logits = predict_images(model, pixels(), device=device, precision=precision, share=share)
     cuts = np.cumsum([len(members) for members in slides])[:-1]

@@ -38,7 +38,8 @@ from gigatome.recipes.finetune_schema import FinetuneRecipe
 from gigatome.recipes.longvit_plan import finetune_advice
 from gigatome.slides.cohort import Cohort
 from gigatome.tiles.slide_image_stream import Order, SlideImageStream
-from gigatome.training.launch import Control, launched, own_device
+from gigatome.training.interrupts import Interrupts
+from gigatome.training.launch import PATIENT, Control, launched, own_device
 from gigatome.training.loop import fit
 from gigatome.training.memory import explained_memory
 from gigatome.training.options import FitOptions
@@ -103,19 +104,22 @@ def finetune(
         StoreError: a slide, or the weights to start from, cannot be had.
     """
     out = Path(out)
-    with launched(recipe.fit.device):
+    with launched(recipe.fit.device), Interrupts() as interrupts:
         usable_device(str(own_device(recipe.fit.device)))
         group = sequence_group(recipe.processes)
         options = recipe.cut_for(group.sequences)
-        control, progress = Control(), progress if rank() == 0 else silent
+        control, progress = Control(PATIENT), progress if rank() == 0 else silent
         learnt = read_finetune_data(recipe, data, labels, control, progress)
         count = len(learnt.splits)
         if unknown := [k for k in folds if not 0 <= k < count]:
             raise ConfigError(f"{recipe.name}: there are folds 0 to {count - 1}, not {unknown[0]}")
-        run = _Run(recipe, options, learnt, out, group, control)
+        run = _Run(recipe, options, learnt, out, group, control, interrupts, progress)
         record = {"identity": recipe.identity(), "cohort": learnt.digest, "weights": run.check()}
         control.on_first(partial(claim, out, recipe, learnt, record, anew=not (resume or folds)))
-        whole = all(run.fold(k, progress) for k in folds or range(count))
+        try:
+            whole = all(run.fold(k) for k in folds or range(count))
+        except _StoppedError:  # the others have had the same signal, and may be anywhere
+            return Finetuned(out, run.finished(), count, None, preempted=True, failures=learnt.failures)
         done = run.done()
         lost = tuple(dict.fromkeys([*learnt.failures, *chain.from_iterable(map(run.damaged, done)), *run.failures()]))
         control.on_first(partial(write_failures, out / "failures.csv", lost))
@@ -125,6 +129,10 @@ def finetune(
         if study is not None:
             control.on_first(partial(run.write, study))
     return Finetuned(out, done, count, study, failures=lost)
+
+
+class _StoppedError(Exception):
+    """A signal came while slides were predicted."""
 
 
 @final
@@ -139,7 +147,10 @@ class _Run:
         out: Path,
         group: SequenceGroup,
         control: Control,
+        interrupts: Interrupts,
+        progress: Progress,
     ):
+        self._interrupts, self._progress = interrupts, progress
         self._recipe, self._options, self._source = recipe, options, data.source
         self._slides, self._units, self._splits = data.slides, data.units, data.splits
         self._out, self._group, self._control = out, group, control
@@ -177,16 +188,19 @@ class _Run:
         return self._out / f"fold_{k}"
 
     def done(self) -> tuple[int, ...]:
-        """Folds that are finished."""
-        found = tuple(k for k in range(len(self._splits)) if (self.folder(k) / _PREDICTIONS).is_file())
-        return self._control.gather(found)[0]
+        """Folds that are finished, as process 0 sees it."""
+        return self._control.gather(self.finished())[0]
 
-    def fold(self, k: int, progress: Progress) -> bool:
+    def finished(self) -> tuple[int, ...]:
+        """Folds that are finished, as this process sees it."""
+        return tuple(k for k in range(len(self._splits)) if (self.folder(k) / _PREDICTIONS).is_file())
+
+    def fold(self, k: int) -> bool:
         """Trains a fold and predicts its test part, unless that is done; false if a signal stopped it."""
         if k in self.done():
             return True
         split, task, folder = self._splits.parts[k], self._task(k), self.folder(k)
-        model = self._trained(k, split, task, progress)
+        model = self._trained(k, split, task)
         if model is None:
             return False
         with self._explained():
@@ -262,7 +276,7 @@ class _Run:
     def _task(self, k: int) -> Task:
         return task_of(self._units.outcome, self._splits.parts[k].train, self._recipe.outcome.loss)
 
-    def _trained(self, k: int, split: Split, task: Task, progress: Progress) -> SlideVit | None:
+    def _trained(self, k: int, split: Split, task: Task) -> SlideVit | None:
         """The fold's model; None if a signal stopped the training."""
         recipe, group, seed = self._recipe, self._group, self._recipe.fit.seed
         order = Order(len(split.train), recipe.fit.batch_size, seed, group.sequence, group.sequences)
@@ -288,7 +302,7 @@ class _Run:
             result = fit(
                 method, stream, options, self.folder(k), resume=True,
                 identity=f"{recipe.identity()}, {recipe.processes} processes a slide",
-                evaluate=validation, progress=progress, group=group,
+                evaluate=validation, progress=self._progress, group=group,
             )  # fmt: skip
         self._failures += stream.failures
         log.info("%s", stream.report().sentence())
@@ -325,12 +339,17 @@ class _Run:
         mine = indices[group.sequence :: group.sequences]
         logits, failures = unit_logits(
             model, [self._slides[i] for i in mine], recipe.images, device=self._device, precision=recipe.fit.precision,
-            share=self._share, rows=self._rows, threads=recipe.threads,
+            share=self._share, rows=self._rows, threads=recipe.threads, progress=self._predicting,
         )  # fmt: skip
         self._failures += failures
         parts = dict(chain.from_iterable(zip(own.tolist(), rows, strict=True)
                                          for own, rows in self._control.gather((mine, logits))))  # fmt: skip
         return np.stack([parts[i] for i in indices.tolist()])
+
+    def _predicting(self, stage: str, done: int, total: int) -> None:
+        if self._interrupts.seen is not None:
+            raise _StoppedError
+        self._progress(stage, done, total)
 
 
 @final

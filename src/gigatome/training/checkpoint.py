@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +40,7 @@ class Checkpoint:
         files: size in bytes and SHA-256 of each file of tensors.
         streams: state of each process's stream of tiles.
         flops: operations of a step in a process, by the shapes of its views.
+        line: of ``metrics.jsonl`` for its step, without what an evaluation finds.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Checkpoint:
     files: Mapping[str, tuple[int, str]]
     streams: Sequence[Mapping[str, list[int]]]
     flops: Mapping[str, int]
+    line: Mapping[str, Any]
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Tensors of one group, on the CPU; raises :class:`RunError` if the file is not as it was written."""
@@ -74,6 +77,7 @@ def save_checkpoint(
     keep: int,
     streams: Sequence[Mapping[str, list[int]]] = ({},),
     flops: Mapping[str, int] = {},
+    line: Mapping[str, Any] = {},
 ) -> Path:
     """Writes a checkpoint, then removes all but the last ``keep``.
 
@@ -85,6 +89,7 @@ def save_checkpoint(
         keep: how many to keep, at least 1.
         streams: state of each process's stream of tiles.
         flops: operations of a step in a process, by the shapes of its views.
+        line: of ``metrics.jsonl`` for this step, as far as it is known.
 
     Returns:
         The checkpoint's folder.
@@ -107,6 +112,7 @@ def save_checkpoint(
             "files": {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())},
             "streams": [dict(stream) for stream in streams],
             "flops": dict(flops),
+            "line": dict(line),
         }
         (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -135,7 +141,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         files = {name: (int(size), str(digest)) for name, (size, digest) in state["files"].items()}
         step, streams, flops = int(state["step"]), list(state["streams"]), dict(state["flops"])
-        return Checkpoint(path, step, state["identity"], state["torch"], files, streams, flops)
+        line = dict(state.get("line", {}))  # without it, metrics.jsonl got the line before
+        return Checkpoint(path, step, state["identity"], state["torch"], files, streams, flops, line)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path / _STATE}: cannot be read ({error}); {_way_out(path)}") from error
 

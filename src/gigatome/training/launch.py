@@ -18,10 +18,13 @@ import torch
 import torch.distributed as dist
 
 from gigatome.core.errors import ConfigError, GigatomeError, RunError
-from gigatome.distributed import finish, rank, world_size
+from gigatome.distributed import answering, finish, naming_the_lost, rank, world_size
 
 PREEMPTED = 75
 """Exit status of a process that a signal has stopped, after saving: the run is to be queued again."""
+
+PATIENT = timedelta(days=7)
+"""How long to wait for processes whose work may differ by hours."""
 
 _TIMEOUT = timedelta(minutes=10)  # in which one process waits for another in a step before it gives the run up
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -43,8 +46,8 @@ def launch_size() -> int:
 def launched(device: str) -> Iterator[None]:
     """Joins this process with the others of its run for the block, if torchrun has started it.
 
-    The process is killed when its launcher dies, and fails if another does not answer for ten minutes. Does nothing
-    if torchrun has not started it, or if it is joined already.
+    The process is killed when its launcher dies, and fails if another dies, or in a step does not answer for ten
+    minutes. Does nothing if torchrun has not started it, or if it is joined already.
 
     Args:
         device: that the run is on, such as ``"cuda"``.
@@ -63,7 +66,8 @@ def launched(device: str) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
     if cuda:
         torch.cuda.set_device(own_device(device))
-    yield
+    with answering():
+        yield
     dist.destroy_process_group()  # not after an error: the others may not come to it
 
 
@@ -91,7 +95,7 @@ def first_process_first() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    group = _new_group(timedelta(days=7))
+    group = _new_group(PATIENT)
     went_well = torch.zeros(1)
     if rank() == 0:
         try:
@@ -108,10 +112,20 @@ def first_process_first() -> Iterator[None]:
 
 @final
 class Control:
-    """What the hosts of a run agree on, without a GPU having to wait; in a run of one process all is the identity."""
+    """What the hosts of a run agree on, without a GPU having to wait; in a run of one process all is the identity.
 
-    def __init__(self):
-        self._group = _new_group(_TIMEOUT) if world_size() > 1 else None
+    All processes make one together, and call its methods in the same order; each method waits for all of them.
+
+    Args:
+        timeout: in which one process waits for another before it gives the run up; :data:`PATIENT` where their work is
+            uneven. One that dies is noticed at once all the same.
+
+    Raises:
+        RunError: by each method: a process is gone, or does not come in time; the message names it.
+    """
+
+    def __init__(self, timeout: timedelta = _TIMEOUT):
+        self._group = _new_group(timeout) if world_size() > 1 else None
 
     def any(self, mine: bool) -> bool:
         """Whether it is true in any process."""
@@ -125,9 +139,10 @@ class Control:
         """The value of each process, in their order."""
         if self._group is None:
             return [mine]
-        self.any(False)  # which names a process that is gone, and waits while the first one saves
+        self.any(False)  # which looks, while it waits, whether a process is gone
         values: list[Any] = [None] * world_size()
-        dist.all_gather_object(values, mine, group=self._group)
+        with naming_the_lost(self._group):
+            dist.all_gather_object(values, mine, group=self._group)
         return values
 
     def together(self, action: Callable[[], _T]) -> _T:

@@ -1,8 +1,8 @@
 """The one training loop.
 
 A run is a pure function of its options, its method and its stream: every random draw of step k comes from the seed and
-k. So a run that is killed and resumed ends with the weights of one that was not, bit for bit, on the same machine,
-PyTorch and number of threads (a GPU's own nondeterminism aside).
+k. So a run that is killed and resumed ends with the weights and evaluations of one that was not, bit for bit, on the
+same machine, PyTorch and number of threads (a GPU's own nondeterminism aside).
 """
 
 import os
@@ -23,9 +23,10 @@ from gigatome.core.seeding import torch_seed
 from gigatome.distributed import SequenceGroup, mean_over_ranks, rank, sequence_group, world_size
 from gigatome.encoders.vit import unfuse_attention
 from gigatome.training import checkpoint as checkpoints
+from gigatome.training.bookkeeping import Books, is_due
 from gigatome.training.flops import FlopCounter, speed
 from gigatome.training.interrupts import Interrupts
-from gigatome.training.launch import Control, own_device
+from gigatome.training.launch import PATIENT, Control, own_device
 from gigatome.training.method import Batch, HostImages, Method, Stream, Undecayed
 from gigatome.training.optim import clip_gradients, make_optimizer, scaled_lr, set_rates, step_if
 from gigatome.training.options import FitOptions
@@ -84,7 +85,8 @@ def fit(
 
     A step whose loss or gradient is not finite, in any process, is left out in all: weights, optimiser, teacher and
     centre stay as they are, and the third in a row ends the run. On SIGTERM, SIGINT or SIGUSR2, to any process, all
-    finish the step, save and return.
+    finish the step, or its evaluation, save and return. A step is saved before it is evaluated; an evaluation that was
+    cut short, or put off as the run was stopping, is made up when it goes on.
 
     Where torchrun has started several processes, call it in all of them, within
     :func:`gigatome.training.launch.launched`; ``out`` must be one folder for all. Those of a ``group`` work on the same
@@ -101,7 +103,9 @@ def fit(
         group: processes that share what each of them learns from, of :func:`gigatome.distributed.sequence_group`;
             None if each learns from its own.
         evaluate: called with the steps finished, in every process; what it returns in the first joins
-            ``metrics.jsonl``. It must leave the weights.
+            ``metrics.jsonl``. It must leave the weights, and draw from the global random generators only. It may take
+            one process hours longer than another: ``fit`` waits. Where they meet within it after uneven work, that must
+            be by a ``Control(PATIENT)`` of the caller's, as other groups of processes give up after ten minutes.
         sinks: other places for the lines of ``metrics.jsonl``, in the first process.
         progress: told of every step.
 
@@ -115,11 +119,12 @@ def fit(
     group = group or sequence_group(1)
     if group.size > 1 and options.parallel == "fsdp":
         raise ConfigError("fit.parallel fsdp is not for processes that share sequences; use ddp")
-    share, control = options.share(group.sequences), Control()
-    last = control.together(partial(_find_run, out, resume, identity))
+    share = options.share(group.sequences)
+    patient, control = Control(PATIENT), Control()  # between steps, whose work may be uneven, and within one
+    last = patient.together(partial(_find_run, out, resume, identity))
     if len(set(control.gather(last.step if last else 0))) > 1:
         raise RunError(f"{out}: the processes do not see the same checkpoints there; give a folder that all share")
-    control.on_first(partial(checkpoints.sweep, out / "checkpoints"))
+    patient.on_first(partial(checkpoints.sweep, out / "checkpoints"))
     record = out / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
     metrics = MetricsFile(record, last.step if last else 0, sinks)
     encoder = out / "encoder"
@@ -145,6 +150,12 @@ def fit(
         statistics = RunningStatistics(method)
         lr_peak = scaled_lr(options.lr, options.batch_size, options.lr_scaling)
         meter, flops = Meter(device), FlopCounter(last.flops if last else {})
+        books = Books(
+            out, options, identity, group, method, parallel, optimizer, stream, flops, metrics, evaluate, patient,
+            interrupts,
+        )  # fmt: skip
+        if last and not books.make_up(last):
+            return FitResult(out, first, steps, True, None, metrics.last)
 
         batches = stream.batches(first)
         for step in range(first, steps):
@@ -187,28 +198,17 @@ def fit(
             method.after_step(clock, finite)
             meter.add(values, finite, options.batch_size)
 
-            # log, evaluate, save
+            # log, save, evaluate
             done = step + 1
-            stopping = control.any(interrupts.seen is not None) and done < steps
-            saving = stopping or _due(done, steps, options.save_every)
-            evaluating = evaluate is not None and _due(done, steps, options.evaluate_every)
-            logging = saving or evaluating or _due(done, steps, options.log_every)
+            stopping = control.any(interrupts.seen is not None) and (done < steps or books.evaluates(done))
+            saving = stopping or is_due(done, steps, options.save_every)
+            logging = saving or books.evaluates(done) or is_due(done, steps, options.log_every)
             if logging or device.type == "cpu":  # a GPU need not wait for the host in between
                 _check_finite(meter, out, step, lr, parallel, own, control)
             if logging:
                 line = {"step": done, "lr": lr, "wd": weight_decay, **method.schedule(clock), **meter.read()}
                 line |= speed(line, flops.of(views), options.batch_size, device, options.precision)
-                if evaluate and evaluating:
-                    with parallel.whole():
-                        line |= evaluate(done)
-                    method.train()
-                control.on_first(partial(metrics.write, line))
-            if saving:
-                parallel.check_replicas()
-                groups = {"model": parallel.state(), "optimizer": parallel.optimizer_state(optimizer)}
-                save = partial(checkpoints.save_checkpoint, out / "checkpoints", done, groups, identity=identity)
-                streams = control.gather(stream.state())
-                control.on_first(partial(save, keep=options.keep, streams=streams, flops=flops.counts))
+                stopping = books.close(done, line, saving=saving, stopping=stopping)
             progress("train", done, steps)
             if stopping:
                 seen = interrupts.seen or "a signal to another process"
@@ -216,7 +216,7 @@ def fit(
                 return FitResult(out, done, steps, True, None, metrics.last)
 
         plain = parallel.plain()
-        control.on_first(partial(_export, plain, encoder))
+        patient.on_first(partial(_export, plain, encoder))
     return FitResult(out, steps, steps, False, encoder, metrics.last)
 
 
@@ -258,10 +258,6 @@ def _export(method: Method, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     method.export(temporary)
     temporary.rename(folder)
-
-
-def _due(done: int, steps: int, every: int) -> bool:
-    return done == steps or (every > 0 and done % every == 0)
 
 
 def _check_finite(
