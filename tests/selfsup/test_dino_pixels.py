@@ -89,7 +89,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path):
     first.rename(resumed / first.name)
     again = train(tmp_path / "resumed", resume=True)
     lines = [json.loads(line) for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [4, 6, 8]
+    assert [line["step"] for line in lines] == [3, 4, 6, 8]  # that of the checkpoint is made up
     assert_same(whole, again)
 
 
