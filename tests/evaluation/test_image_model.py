@@ -26,6 +26,8 @@ from gigatome.tiles.slide_image_stream import damage
 from gigatome.tiles.slide_images import SlideImageOptions, read_slide_image, slide_frame
 from tiff_files import aperio_pages, picture, write_tiff
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = ("IDC", "ILC")
 MODELS = ("fold_0/best", "fold_1/encoder")
 ENCODER = LongVitConfig(
@@ -34,14 +36,6 @@ ENCODER = LongVitConfig(
 CARD = SlideVitCard("mine", ENCODER, SlideImageOptions(32, crop=(0.5, 1.0), flip=True), "subtype", "slide", CLASSES)
 SURVIVAL = replace(CARD, target="survival", level="patient", classes=(), edges=(0.0, 10.0, 20.0, 30.0))
 TRAINING_RISK = (np.linspace(-3, 0, 50), np.linspace(-2, -1, 40))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

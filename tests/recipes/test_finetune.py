@@ -23,6 +23,8 @@ from gigatome.recipes.schema import finetune_names, load_recipe, recipe_header, 
 from gigatome.slides.cohort import Cohort
 from gigatome.slides.synthetic import SyntheticOptions, make_cohort
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = [
     "weights=null", "encoder.patch_size=8", "encoder.grid=4", "encoder.dim=24", "encoder.depth=2", "encoder.heads=4",
     "encoder.ffn_dim=48", "encoder.segments=[4, 16, 64]", "encoder.ratios=[1, 2, 4]", "images.image_size=64",
@@ -33,14 +35,6 @@ CLASSES = [
     *TINY, "outcome.target=subtype", "outcome.label_map=null", "outcome.select=last", "fit.epochs=2",
     "outcome.splits={kind: kfold, folds: 2}",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from gigatome.recipes.schema import load_recipe
 from gigatome.recipes.watch import WatchOptions
 from gigatome.slides.synthetic import SyntheticOptions, make_cohort
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "longvit/pretrain_1024"
 SMALL = [
     "fit.steps=2", "fit.epochs=null", "fit.epoch_images=8", "fit.warmup_epochs=0.5", "fit.batch_size=4",
@@ -31,14 +33,6 @@ SMALL = [
     "dino.views.global_size=16", "dino.views.local_size=8", "dino.out_dim=32", "dino.head_hidden_dim=16",
     "dino.head_bottleneck_dim=8",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ from gigatome.slides.cohort import Cohort
 sys.path.insert(0, str(Path(__file__).parents[1] / "embeddings"))
 from made_regions import ENCODER, HASH, make_grids, make_store
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "hipt/stage2_vit4096"
 SMALL = [
     "fit.steps=2", "fit.warmup_steps=1", "fit.batch_size=4", "fit.device=cpu", "fit.precision=fp32", "fit.log_every=1",
@@ -38,14 +40,6 @@ SMALL = [
     "dino.views.global_size=5", "dino.views.local_size=3", "dino.out_dim=32", "dino.head_hidden_dim=16",
     "dino.head_bottleneck_dim=8", "regions.threads=1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,8 @@ from gigatome.training.options import FitOptions
 sys.path.insert(0, str(Path(__file__).parents[1] / "embeddings"))
 from made_augmented import made_bag, made_store
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "gigassl/pretrain_resnet18"
 NAMES = [NAME, *(f"gigassl/table3_{what}" for what in ("no_slide_augmentation", "not_shared", "imagenet_tiles"))]
 SMALL = [
@@ -39,14 +41,6 @@ SMALL = [
     "encoder.weights=null", "encoder.input_dim=4", "simclr.projector=[16,8]", "slides.threads=1",
 ]  # fmt: skip
 TINY = [*SMALL, "encoder.pooling=mlp", "encoder.dim=16"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,6 +17,8 @@ from gigatome.recipes.run import train
 from gigatome.recipes.schema import load_recipe, recipe_header, recipe_names
 from gigatome.recipes.watch import WatchOptions
 from gigatome.slides.synthetic import SyntheticOptions, make_cohort
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = [
     "fit.steps=2", "fit.epochs=null", "fit.warmup_steps=1", "fit.batch_size=4", "fit.grad_accumulation=1",
@@ -33,14 +34,6 @@ HEADS = {
     ],
     "moco": ["queue=8"],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -22,19 +22,13 @@ from gigatome.training.schedules import Clock
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from tiny_run import DINO, FIT, TinyStream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = LongVitConfig(
     image_size=32, patch_size=8, dim=24, depth=2, heads=4, ffn_dim=48, grid=4, segments=(4, 16), ratios=(1, 2),
     pos_embed="dino",
 )  # fmt: skip
 CLOCK = Clock(step=2, steps=10, epoch_steps=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(checkpointing="none", options=DINO):

@@ -33,19 +33,13 @@ from made_regions import make_store
 from tiny_run import ENCODER as TILE_ENCODER
 from tiny_run import TinyStream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = RegionVitConfig(input_dim=8, dim=24, depth=2, heads=2, grid=5)
 VIEWS = GridViewOptions(global_size=5, local_size=3, local_views=2)
 DINO = DinoOptions(views=VIEWS, out_dim=32, head_hidden_dim=24, head_bottleneck_dim=12, drop_path=0.2)
 FIT = FitOptions(steps=6, epoch_images=12, batch_size=4, lr=0.05, warmup_steps=2, save_every=2, log_every=1, keep=9)
 CLOCK = Clock(step=2, steps=10, epoch_steps=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

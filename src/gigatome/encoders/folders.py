@@ -48,6 +48,14 @@ def find_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / "encoder") if (folder / CARD_FILE).is_file()), None)
 
 
+def stated(folder: Path, key: str) -> Any:
+    """What the card of a folder says under ``key``; None if it says nothing, or cannot be read."""
+    try:
+        return json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever opens it says what is wrong
+
+
 def read_folder(
     folder: Path, card: type[C], *, what: str, refusal: Callable[[str], str]
 ) -> tuple[C, dict[str, Tensor], str]:

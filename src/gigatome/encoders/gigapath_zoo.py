@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 
 from gigatome import config as configuration
 from gigatome.core.errors import ConfigError, StoreError
-from gigatome.encoders.folders import CARD_FILE, check_digest, find_folder, read_folder, weights_digest
+from gigatome.encoders.folders import check_digest, find_folder, read_folder, stated, weights_digest
 from gigatome.encoders.gigapath import GigapathConfig, GigapathEncoder, load_gigapath
 from gigatome.encoders.hub import HUB, fetch
 from gigatome.encoders.on_tiles import check_tiles, write_with_tiles
@@ -70,12 +70,7 @@ def is_gigapath(spec: str | Path) -> bool:
     if ("model", _MODEL) in parse_qsl(query):
         return True
     folder = find_folder(Path(text))
-    try:
-        return (
-            folder is not None and json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get("model") == _MODEL
-        )
-    except (OSError, ValueError, AttributeError):
-        return False  # whoever opens it says what is wrong
+    return folder is not None and stated(folder, "model") == _MODEL
 
 
 def open_gigapath(spec: str | Path) -> tuple[GigapathEncoder, GigapathCard]:

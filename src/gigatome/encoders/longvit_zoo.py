@@ -21,6 +21,7 @@ from gigatome.encoders.folders import (
     find_folder,
     last_checkpoint,
     read_folder,
+    stated,
     weights_digest,
     write_folder,
 )
@@ -200,11 +201,11 @@ def _is_longvit(spec: str) -> bool:
 def _level(path: Path) -> str | None:
     """Which a folder of an encoder or of a run says that it is of."""
     folder = find_folder(path)
-    if folder is None and (is_finetuning(path) or _is_fold(path)):
+    if folder is not None:
+        return stated(folder, "level")
+    if is_finetuning(path) or _is_fold(path):
         return SLIDE_PIXELS
     try:
-        if folder is not None:
-            return json.loads((folder / CARD_FILE).read_text(encoding="utf-8")).get("level")
         return configuration.read_yaml(path / _RECIPE).get("level")
     except (OSError, ValueError, AttributeError, ConfigError):
         return None  # whoever opens it says what is wrong

@@ -125,9 +125,11 @@ def finetune(
         control.on_first(partial(write_failures, out / "failures.csv", lost))
         if not whole:
             return Finetuned(out, done, count, None, preempted=True, failures=lost)
-        study = run.study(command) if len(done) == count else None
-        if study is not None:
-            control.on_first(partial(run.write, study))
+        study = None
+        if len(done) == count:
+            results = run.results()
+            study = run.study(results, command)
+            control.on_first(partial(run.write, study, results))
     return Finetuned(out, done, count, study, failures=lost)
 
 
@@ -224,16 +226,14 @@ class _Run:
         """Slides that a finished fold could not read whole."""
         return [Failure(**failure) for failure in self._said(k)["failures"]]
 
-    def study(self, command: str) -> Study:
+    def study(self, results: Sequence[FoldResult], command: str) -> Study:
         """What the folds together say."""
         recipe, units = self._recipe, self._units
         setting = Setting(
             recipe.outcome.wanted.spelt, "longvit", recipe.decisive(), "end to end",
             recipe.fit.seed, recipe.outcome.resamples,
         )  # fmt: skip
-        result = result_of(
-            units, self._splits, self.results(), setting, unlabelled=len(units.excluded.get("no label", ()))
-        )
+        result = result_of(units, self._splits, results, setting, unlabelled=len(units.excluded.get("no label", ())))
         said = next(iter(recipe.reproduces), None)
         side = recipe.images.image_size
         label = f"LongViT, {side:,} × {side:,} px"
@@ -261,12 +261,12 @@ class _Run:
             found.append(FoldResult(split, test, train.risk))
         return found
 
-    def write(self, study: Study) -> None:
+    def write(self, study: Study, results: Sequence[FoldResult]) -> None:
         """Writes the report, and the card by which the folds' models predict new slides together."""
         write_study(study, self._out)
         models = [self._model(k).relative_to(self._out).as_posix() for k in range(len(self._splits))]
         save_image_model(
-            self._out, models, self._units, self.results(), study.arms[0].result,
+            self._out, models, self._units, results, study.arms[0].result,
             precision=self._recipe.fit.precision, slides=self._recipe.outcome.slides,
         )  # fmt: skip
 
